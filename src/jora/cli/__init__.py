@@ -1,0 +1,1 @@
+"""Floor 7: one thin file a command, and no logic that the Python API lacks."""

@@ -1,0 +1,60 @@
+"""What several commands share: the options that name a model, and opening it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from jora.cli.options import CommandOptions
+from jora.reporting import Reporter
+
+if TYPE_CHECKING:
+    from jora.methods.method import Adapter
+    from jora.models.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(CommandOptions):
+    """Which base model, and where it computes."""
+
+    model: str
+    """A Hugging Face model directory, a hub id, or a .gguf file."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base's weights; auto is bfloat16 on an accelerator and float32 on a CPU."""
+    mesh: str | None = None
+    """Devices to share the work, like fsdp=2,tensor=4; a CPU simulates them."""
+
+
+def start_devices(mesh: str | None, reporter: Reporter) -> None:
+    """Make the devices of `mesh` exist, before anything else uses jax; say so when they are simulated."""
+    from jora import sharding
+
+    if line := sharding.start_devices(sharding.parse_mesh(mesh)):
+        reporter.note(line)
+
+
+def open_model(options: ModelOptions, reporter: Reporter) -> Model:
+    """The model that the options name, on its devices."""
+    start_devices(options.mesh, reporter)
+    import jora
+
+    return jora.load_model(options.model, dtype=options.dtype, mesh=options.mesh, reporter=reporter)
+
+
+def open_adapter(directory: str | None, model: Model) -> Adapter | None:
+    """The PEFT adapter in `directory`, or None for the base alone."""
+    import jora
+
+    return None if directory is None else jora.load_adapter(directory, model)
+
+
+def open_tokenizer(model: str) -> Any:
+    """The tokenizer of a model, without its weights."""
+    from jora.models.model import load_tokenizer, resolve
+
+    path = resolve(model)
+    if path.suffix == ".gguf":
+        from jora.models.gguf import gguf_tokenizer
+
+        return gguf_tokenizer(path)
+    return load_tokenizer(path)

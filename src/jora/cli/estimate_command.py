@@ -1,0 +1,43 @@
+"""`jora estimate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import tyro
+
+from jora.cli.common import ModelOptions, start_devices
+from jora.cli.lora_options import LoraOptions
+from jora.reporting import Reporter
+from jora.train.options import TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """Compile one train step without weights: what it needs per device, and whether that fits."""
+
+    answers: int = 256
+    """Tokens a row that carry loss."""
+    device_gib: float | None = None
+    """Memory of the device that is meant, in GiB; by default this machine's."""
+    lora: tyro.conf.OmitArgPrefixes[LoraOptions] = field(default_factory=LoraOptions)
+    training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
+
+
+def run(options: Options, reporter: Reporter) -> None:
+    """Compile and print."""
+    method = options.lora.method()
+    start_devices(options.mesh, reporter)
+    from jora.train import estimate
+
+    reporter.note("compiling one step ...")
+    result = estimate(
+        options.model,
+        method,
+        options=options.training,
+        mesh=options.mesh,
+        dtype=options.dtype,
+        answers=options.answers,
+        device_gib=options.device_gib,
+    )
+    print(result.table())

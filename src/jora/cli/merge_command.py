@@ -1,0 +1,27 @@
+"""`jora merge`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jora.cli.common import ModelOptions, open_model
+from jora.reporting import Reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """Write base and adapter as one Hugging Face model directory."""
+
+    adapter: str
+    """A PEFT adapter directory made for this model."""
+    out: str
+    """Directory to write; an existing one is replaced when the new one is whole."""
+
+
+def run(options: Options, reporter: Reporter) -> None:
+    """Load, merge, save."""
+    model = open_model(options, reporter)
+    import jora
+
+    jora.merge(model, jora.load_adapter(options.adapter, model)).save(options.out, reporter=reporter)
+    reporter.note(f"merged model written to {options.out}")

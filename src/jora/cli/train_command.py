@@ -1,0 +1,49 @@
+"""`jora train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import tyro
+
+from jora.cli.common import ModelOptions, open_model
+from jora.cli.lora_options import LoraOptions
+from jora.errors import InputError
+from jora.reporting import Reporter
+from jora.train.options import TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """Fine-tune an adapter: OUT gets adapter/ (PEFT), checkpoints/, metrics.jsonl, config.yaml."""
+
+    data: str
+    """JSON lines to learn from: messages, or prompt and completion."""
+    eval_data: str | None = None
+    """JSON lines to evaluate on while training."""
+    out: str
+    """The run directory."""
+    adapter: str | None = None
+    """A PEFT adapter directory to train further; its own options hold."""
+    lora: tyro.conf.OmitArgPrefixes[LoraOptions] = field(default_factory=LoraOptions)
+    training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
+
+
+def run(options: Options, reporter: Reporter) -> None:
+    """Load and train."""
+    method = options.lora.method()  # before the model: a mistake in it should not wait for the weights
+    if options.adapter is not None and options.lora != LoraOptions():
+        raise InputError("jora train: --adapter brings its own rank, targets and so on; leave those options out")
+    model = open_model(options, reporter)
+    import jora
+
+    jora.train(
+        model,
+        method if options.adapter is None else jora.load_adapter(options.adapter, model),
+        options.data,
+        out=options.out,
+        options=options.training,
+        eval_data=options.eval_data,
+        reporter=reporter,
+    )
+    reporter.note(f"adapter written to {options.out}/adapter")

@@ -1,0 +1,1 @@
+"""Floor 5: sampling, generation with a KV cache, and evaluation."""

@@ -1,0 +1,246 @@
+"""`jora.evaluate`: loss, exact match, F1 and real quotes on held-out examples, with a row per example."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jora.data import raft_format
+from jora.data.batches import Batches, BatchOptions, Tokenised
+from jora.data.chat import Template, fill_documents, tokenise_example
+from jora.data.formats import Example, read_examples
+from jora.data.tokenise import tokenise_prompt
+from jora.errors import InputError
+from jora.files import atomic_write
+from jora.inference.decode import Program, bind
+from jora.inference.generate import answer_texts
+from jora.inference.metrics import score
+from jora.methods.method import Adapter, State
+from jora.models import decoder
+from jora.models.head import Answers, answer_loss
+from jora.models.model import Model
+from jora.models.params import Params
+from jora.reporting import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One example: what was asked, what the model wrote, and its scores. `loss` is nats per answer token."""
+
+    where: str
+    question: str
+    prediction: str
+    answer: str
+    references: tuple[str, ...]
+    loss: float
+    answer_tokens: int
+    exact_match: float
+    f1: float
+    quotes: int
+    quotes_found: int
+    answered: bool
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Means over a data set, in [0, 1] but for the loss.
+
+    loss: nats per answer token, teacher-forced, over all answer tokens. quote_share: quotes that stand word
+    for word in the prompt's documents among all quotes; None where nothing was quoted. answered: predictions
+    that reach an answer ("##Answer:" where the reference has it, else any text).
+    """
+
+    loss: float
+    exact_match: float
+    f1: float
+    quote_share: float | None
+    answered: float
+    rows: tuple[EvalRow, ...]
+
+    def metrics(self) -> dict[str, float | int | None]:
+        """The numbers without the rows."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rows"}
+        return {"examples": len(self.rows), **values}
+
+
+class _Prepared(NamedTuple):
+    """An example as it is used: its documents shortened, its prompt, and its turns with their answers."""
+
+    example: Example
+    prompt: list[int]
+    turns: list[Tokenised]
+
+
+def evaluate(
+    model: Model,
+    data: str | os.PathLike[str] | Sequence[Example],
+    adapter: Adapter | None = None,
+    *,
+    max_new_tokens: int = 128,
+    max_length: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    out: str | os.PathLike[str] | None = None,
+    reporter: Reporter = SILENT,
+) -> EvalResult:
+    """Answer every example greedily, and score answers and loss.
+
+    Args:
+        model: the base.
+        data: a JSONL file of `jora raft build` or of any training format, or the examples.
+        adapter: applied if given.
+        max_new_tokens: most tokens of a generated answer.
+        max_length: most tokens of prompt and generated answer (default: the model's positions). Longer
+            prompts lose document text, the oracle's last; the loss sees the same documents.
+        limit: only the first so many examples.
+        batch_size: rows on the devices at a time.
+        out: a JSONL file for one line an example.
+
+    Raises:
+        InputError: unreadable data, an example without an answer, or a prompt that cannot be shortened.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, found {limit}")
+    whole = list(data) if isinstance(data, Sequence) and not isinstance(data, str) else read_examples(data)
+    examples = whole[:limit]
+    template = Template(model.tokenizer)
+    longest = min(max_length or model.config.max_positions, model.config.max_positions)
+    if longest <= max_new_tokens:
+        raise InputError(f"max_length {longest} leaves no room for a prompt beside max_new_tokens {max_new_tokens}")
+    prepared = [_prepare(example, template, longest - max_new_tokens) for example in examples]
+    if shortened := sum(p.example is not e for p, e in zip(prepared, examples, strict=True)):
+        reporter.note(f"{shortened} of {len(examples)} prompts shortened in their documents to {longest} tokens")
+    losses = _losses(model, prepared, adapter, batch_size, reporter)
+    texts = answer_texts(
+        model,
+        [p.prompt for p in prepared],
+        adapter,
+        template=template,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        reporter=reporter,
+    )
+    rows = [_row(p.example, t, nll, n) for p, t, (nll, n) in zip(prepared, texts, losses, strict=True)]
+    result = _summarise(rows, losses)
+    if out is not None:
+        with atomic_write(out) as temporary:
+            text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in result.rows)
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+    return result
+
+
+def _prepare(example: Example, template: Template, prompt_limit: int) -> _Prepared:
+    _references(example)
+    prompt, used = tokenise_prompt(example, template, max_length=prompt_limit)
+    return _Prepared(used, prompt.tolist(), tokenise_example(used, template))
+
+
+def _references(example: Example) -> tuple[str, ...]:
+    """The answers that count as right: the field `answer` (one or a list), or the assistant's last turn."""
+    given = example.extra.get("answer", example.answer)
+    references = tuple(given) if isinstance(given, list) else (given,)
+    if not all(isinstance(r, str) and r.strip() for r in references) or not references:
+        raise InputError(f"{example.where}: no answer to compare with: give `answer` or an assistant turn")
+    return references
+
+
+def _question(example: Example) -> str:
+    if isinstance(question := example.extra.get("question"), str):
+        return question
+    asked = [m["content"] for m in example.messages if m["role"] == "user"]
+    return asked[-1] if asked else example.prompt
+
+
+def _row(example: Example, text: str, nll: float, answer_tokens: int) -> EvalRow:
+    references = _references(example)
+    scores = score(text, references, _texts_in_prompt(example))
+    marked = raft_format.ANSWER in example.answer
+    return EvalRow(
+        where=example.where,
+        question=_question(example),
+        prediction=text,
+        answer=scores.answer,
+        references=references,
+        loss=nll / answer_tokens,
+        answer_tokens=answer_tokens,
+        exact_match=scores.exact_match,
+        f1=scores.f1,
+        quotes=scores.quotes,
+        quotes_found=scores.quotes_found,
+        answered=bool(scores.answer) and (raft_format.ANSWER in text or not marked),
+    )
+
+
+def _texts_in_prompt(example: Example) -> list[str]:
+    """Where a quote may stand: the documents, or all of the prompt where they are not kept apart."""
+    if example.documents is not None:
+        return [document.text for document in example.documents]
+    filled = fill_documents(example)
+    return [filled.prompt, *(m["content"] for m in filled.messages if m["role"] != "assistant")]
+
+
+def _summarise(rows: list[EvalRow], losses: list[tuple[float, int]]) -> EvalResult:
+    def mean(name: str) -> float:
+        return sum(float(getattr(row, name)) for row in rows) / len(rows)
+
+    quotes = sum(row.quotes for row in rows)
+    return EvalResult(
+        loss=sum(nll for nll, _ in losses) / sum(count for _, count in losses),
+        exact_match=mean("exact_match"),
+        f1=mean("f1"),
+        quote_share=sum(row.quotes_found for row in rows) / quotes if quotes else None,
+        answered=mean("answered"),
+        rows=tuple(rows),
+    )
+
+
+def _losses(
+    model: Model, prepared: list[_Prepared], adapter: Adapter | None, batch_size: int, reporter: Reporter
+) -> list[tuple[float, int]]:
+    """(sum of nats, answer tokens) of each example."""
+    turns = [turn for p in prepared for turn in p.turns]
+    origins = [index for index, p in enumerate(prepared) for _ in p.turns]
+    options = BatchOptions(
+        rows=min(batch_size, len(turns)),
+        max_length=max(len(turn.tokens) for turn in turns),
+        row_multiple=model.layout.batch_shards,
+        shuffle=False,
+    )
+    batches = Batches(turns, options)
+    program = Program(model.config, model.layout, None if adapter is None else adapter.method)
+    state = None if adapter is None else adapter.state
+    totals, counts = np.zeros(len(prepared)), np.zeros(len(prepared), int)
+    reporter.start(len(turns), "evaluating the loss, examples")
+    done = 0
+    for step in batches.plan(0):
+        (batch,) = batches.build(step)
+        answers = Answers(*map(jnp.asarray, (batch.answer_positions, batch.answer_targets, batch.answer_weights)))
+        nll = np.asarray(_answer_nll(model.params, state, batch.tokens, answers, program=program), np.float64)
+        for row, (turn,) in enumerate(step.rows):
+            totals[origins[turn]] += float((nll[row] * batch.answer_weights[row]).sum())
+            counts[origins[turn]] += int(batch.answer_weights[row].sum())
+        done += len(step.rows)
+        reporter.update(done)
+    reporter.finish(loss=float(totals.sum() / counts.sum()))
+    return list(zip(totals.tolist(), counts.tolist(), strict=True))
+
+
+@partial(jax.jit, static_argnames="program")
+def _answer_nll(
+    params: Params, state: State | None, tokens: Int[Array, "b s"], answers: Answers, *, program: Program
+) -> Float[Array, "b n"]:
+    """-log p of each answer token; rows are single sequences, padded on the right."""
+    config, layout, _ = program
+    bound, rows = bind(program, state)
+    tokens = layout.constrain(tokens, "batch", None)
+    hidden, _ = decoder.forward(params, config, layout, tokens, bound=bound, rows=rows)
+    return answer_loss(params, config, layout, hidden, answers, bound, rows)[1]

@@ -1,0 +1,1 @@
+"""Floor 4: adapter methods, one file each; the PEFT file format; merging."""

@@ -1,0 +1,97 @@
+"""Choosing what to adapt, as PEFT does: by name, list, regular expression or "all-linear"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from jora.errors import InputError
+from jora.models.config import LINEARS, ModelConfig
+from jora.models.tensors import layer_prefix, module_path
+
+EMBED, HEAD = "embed_tokens", "lm_head"
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Frozen(dict[K, V], Generic[K, V]):
+    """A dict that can be hashed, so that a method's options can be a static argument of jit."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+def module_names(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
+    """Every adaptable module of the Hugging Face model -> (target, layer)."""
+    names: dict[str, tuple[str, int | None]] = {"model.embed_tokens": (EMBED, None)}
+    for layer in range(config.layers):
+        for target in LINEARS:
+            names[layer_prefix(layer) + module_path(target)] = (target, layer)
+    names["lm_head"] = (HEAD, None)
+    return names
+
+
+def select(
+    config: ModelConfig,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    layers: int | Sequence[int] | None = None,
+) -> dict[str, tuple[str, int | None]]:
+    """The modules that `targets` names, as {module name: (target, layer)}.
+
+    targets: "all-linear" (every linear of every layer, without embeddings and lm_head), one name, a list of
+    name endings, or a regular expression that must match the whole module name (PEFT's rules). `layers`
+    limits to these layer numbers. Raises InputError for a name that matches nothing.
+    """
+    modules = module_names(config)
+    if isinstance(layers, int):
+        layers = (layers,)
+    layers = layers or None  # PEFT takes an empty list as no limit
+    for number in layers or ():
+        if not 0 <= number < config.layers:
+            raise InputError(f"layers_to_transform: layer {number} does not exist; the model has {config.layers}")
+    wanted = [targets] if isinstance(targets, str) and targets in (*LINEARS, EMBED, HEAD) else targets
+    chosen: dict[str, tuple[str, int | None]] = {}
+    for name, (target, layer) in modules.items():
+        if not _included(name, target, wanted) or _matches(name, exclude):
+            continue
+        # A list entry that is a module's whole name stands whatever the layer (so PEFT adapts lm_head).
+        by_name = not isinstance(wanted, str) and name in wanted
+        if layers is not None and layer not in layers and not by_name:
+            continue
+        chosen[name] = (target, layer)
+    if not isinstance(wanted, str):
+        for entry in wanted:
+            if not any(_ends_with(name, entry) for name in modules):
+                raise InputError(f"target {entry!r} names no module; known are {', '.join((*LINEARS, EMBED, HEAD))}")
+    if not chosen:
+        raise InputError(f"targets {targets!r} (excluding {exclude!r}, layers {layers}) select no module")
+    return chosen
+
+
+def _included(name: str, target: str, targets: str | Sequence[str]) -> bool:
+    if targets == "all-linear":
+        return target in LINEARS
+    return _matches(name, targets)
+
+
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    if isinstance(patterns, str):
+        try:
+            return re.fullmatch(patterns, name) is not None
+        except re.error as error:
+            raise InputError(f"{patterns!r} is not a regular expression: {error}") from error
+    return any(_ends_with(name, entry) for entry in patterns)
+
+
+def _ends_with(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches a module name, by PEFT's `(.*\\.)?(key)$`."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default

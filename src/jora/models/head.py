@@ -1,0 +1,173 @@
+"""The vocabulary: logits for sampling, and the loss of answer positions, both vocabulary-parallel.
+
+In retrieval-augmented training most tokens carry no loss. Logits are made only where a token does, a chunk
+at a time, and their gradient is taken in the same pass: the full [tokens, vocabulary] array never exists
+and nothing of the vocabulary's width is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jora.models.adapted import Bound, Dense, Projection, Rows, Site, project
+from jora.models.config import ModelConfig
+from jora.models.params import Params
+from jora.sharding import Layout
+
+CHUNK = 128  # answer tokens whose logits exist at a time; at 262,144 words and fp32 128 MiB
+MASKED = -1e30
+
+
+class Answers(NamedTuple):
+    """Where the loss is: position p predicts the token after it. Padding has weight 0."""
+
+    positions: Int[Array, "b n"]
+    targets: Int[Array, "b n"]
+    weights: Float[Array, "b n"]
+
+
+class Head(NamedTuple):
+    """The differentiable parts of the output layer."""
+
+    table: Float[Array, "v d"]
+    projection: Projection | None
+
+
+def _head(params: Params, bound: Bound) -> Head:
+    return Head(params.embed if params.head is None else params.head, bound.head)
+
+
+def _padded_logits(
+    head: Head, hidden: Float[Array, "b n d"], config: ModelConfig, layout: Layout, rows: Rows
+) -> Float[Array, "b n v"]:
+    """fp32 logits over the padded vocabulary; padding words can never win."""
+    hidden = layout.constrain(hidden, "batch_gathered", None, None)
+    dense = Dense(head.table.T, None, (None,), ("vocab",), layout)
+    site = Site("lm_head", jnp.int32(config.layers))
+    logits = project(hidden, dense, head.projection, site, rows)
+    logits = layout.constrain(logits, "batch_gathered", None, "vocab").astype(jnp.float32)
+    if config.logit_cap is not None:
+        logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
+    words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    return jnp.where(words < config.vocab_size, logits, MASKED)
+
+
+def logits(
+    params: Params,
+    config: ModelConfig,
+    layout: Layout,
+    hidden: Float[Array, "b n d"],
+    bound: Bound,
+    rows: Rows,
+) -> Float[Array, "b n vocab"]:
+    """Scores of the next token, fp32, of hidden states as `decoder.forward` returns them."""
+    return _padded_logits(_head(params, bound), hidden, config, layout, rows)[..., : config.vocab_size]
+
+
+def answer_loss(
+    params: Params,
+    config: ModelConfig,
+    layout: Layout,
+    hidden: Float[Array, "b s d"],
+    answers: Answers,
+    bound: Bound,
+    rows: Rows,
+) -> tuple[Float[Array, ""], Float[Array, "b n"]]:
+    """(sum of weight * -log p, -log p of each answer token); fp32. Only the sum carries a gradient."""
+    chosen = jnp.take_along_axis(hidden, answers.positions[..., None], axis=1, mode="clip")
+    chosen = layout.constrain(chosen, "batch_gathered", None, None)
+    return _chunked_loss(chosen, _head(params, bound), answers, rows, (config, layout))
+
+
+def _nll(hidden, head: Head, answers: Answers, rows: Rows, static) -> tuple[Array, Array]:
+    config, layout = static
+    scores = _padded_logits(head, hidden, config, layout, rows)
+    words = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
+    # A sum over a one-hot, not a gather: a gather along the sharded vocabulary would collect the logits.
+    target = jnp.sum(jnp.where(words == answers.targets[..., None], scores, 0.0), axis=-1)
+    nll = jax.nn.logsumexp(scores, axis=-1) - target
+    return jnp.sum(nll * answers.weights), nll
+
+
+def _chunks(hidden: Array, answers: Answers) -> tuple[Array, Answers]:
+    """Cut [b, n, ...] into [chunks, b, c, ...], padding n with answers of weight 0."""
+    rows, count = answers.targets.shape
+    size = min(count, max(1, CHUNK // rows))
+    padding = -count % size
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(rows, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    return cut(hidden), Answers(*(cut(x) for x in answers))
+
+
+def _join(x: Array, count: int) -> Array:
+    """Undo `_chunks` for one array."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :count]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked_loss(hidden, head: Head, answers: Answers, rows: Rows, static):
+    def step(total, chunk):
+        loss, nll = _nll(*_of(chunk, head), rows, static)
+        return total + loss, nll
+
+    total, nll = jax.lax.scan(step, jnp.float32(0), _chunks(hidden, answers))
+    return total, _join(nll, answers.targets.shape[1])
+
+
+def _of(chunk: tuple[Array, Answers], head: Head) -> tuple[Array, Head, Answers]:
+    hidden, answers = chunk
+    return hidden, head, answers
+
+
+def _is_primal(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed")
+
+
+def _loss_forward(hidden, head, answers, rows, static):
+    """The loss and its gradient in one pass over the chunks.
+
+    Which parts of the head train is known here (`perturbed`): a frozen table gets no gradient at all.
+    """
+    value = partial(jax.tree.map, lambda leaf: leaf.value, is_leaf=_is_primal)
+    leaves, structure = jax.tree.flatten(head, is_leaf=_is_primal)
+    trains = [leaf.perturbed for leaf in leaves]
+    hidden, answers, rows = value(hidden), value(answers), value(rows)
+    values = [leaf.value for leaf in leaves]
+
+    def loss_of(chunk, trained, chunk_answers):
+        merged = iter(trained)
+        parts = [next(merged) if t else v for t, v in zip(trains, values, strict=True)]
+        return _nll(chunk, jax.tree.unflatten(structure, parts), chunk_answers, rows, static)
+
+    def step(carry, chunk):
+        total, gradients = carry
+        part, chunk_answers = chunk
+        trained = [v for t, v in zip(trains, values, strict=True) if t]
+        loss, pull, nll = jax.vjp(lambda h, p: loss_of(h, p, chunk_answers), part, trained, has_aux=True)
+        d_hidden, d_trained = pull(jnp.ones_like(loss))
+        return (total + loss, [g + d for g, d in zip(gradients, d_trained, strict=True)]), (d_hidden, nll)
+
+    zeros = [jnp.zeros_like(v) for t, v in zip(trains, values, strict=True) if t]
+    start = (jnp.float32(0), zeros)
+    (total, gradients), (d_hidden, nll) = jax.lax.scan(step, start, _chunks(hidden, answers))
+    count = answers.targets.shape[1]
+    remaining = iter(gradients)
+    d_head = jax.tree.unflatten(structure, [next(remaining) if t else None for t in trains])
+    return (total, _join(nll, count)), (_join(d_hidden, count), d_head)
+
+
+def _loss_backward(static, saved, cotangents):
+    scale, _ = cotangents
+    d_hidden, d_head = jax.tree.map(lambda g: (scale * g).astype(g.dtype), saved)
+    return d_hidden, d_head, None, None
+
+
+_chunked_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)

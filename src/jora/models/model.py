@@ -1,0 +1,151 @@
+"""`jora.Model` and `jora.load_model`: a base model with its weights on the devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jora.errors import InputError
+from jora.models import decoder, head
+from jora.models.adapted import BASE, Rows
+from jora.models.config import ModelConfig
+from jora.models.families import config_from_hf
+from jora.models.loading import fingerprint, load_params
+from jora.models.params import Params
+from jora.models.source import SafetensorsSource, TensorSource, read_json
+from jora.models.tensors import all_specs
+from jora.reporting import SILENT, Reporter
+from jora.sharding import Layout, MeshSpec, build_layout, parse_mesh
+
+
+@dataclass
+class Model:
+    """A decoder, its weights, and what is needed to write it out again.
+
+    `hf_config` is the parsed config.json; `identity` names the base (path or hub id) and carries a
+    fingerprint of its weights, which adapters record.
+    """
+
+    params: Params
+    config: ModelConfig
+    layout: Layout
+    hf_config: dict[str, Any]
+    path: str
+    identity: dict[str, str]
+    _tokenizer: Any = field(default=None, repr=False)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer (a PreTrainedTokenizerFast). Raises InputError where the model has none."""
+        if self._tokenizer is not None:
+            return self._tokenizer
+        return load_tokenizer(Path(self.path))
+
+    @property
+    def dtype(self) -> Any:
+        return self.params.embed.dtype
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b s"],
+        adapter: Any = None,
+        positions: Int[Array, "b s"] | None = None,
+        segments: Int[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s vocab"]:
+        """Next-token logits, float32, of int32 tokens [batch, seq].
+
+        segments: 0 marks padding, equal numbers see each other (needed for packed or left-padded rows).
+        positions: for the rotary embedding, counted from 0 by default.
+        """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        method, state = (None, None) if adapter is None else (adapter.method, adapter.state)
+        return _logits(self.params, state, tokens, positions, segments, self.config, self.layout, method)
+
+
+@partial(jax.jit, static_argnums=(5, 6, 7))
+def _logits(params, state, tokens, positions, segments, config, layout, method):
+    rows = Rows()
+    bound = BASE if method is None else method.bind(state, rows)
+    hidden, _ = decoder.forward(
+        params, config, layout, tokens, positions, segments, bound=bound, rows=rows
+    )
+    return head.logits(params, config, layout, hidden, bound, rows)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: Any = "auto",
+    mesh: str | MeshSpec | None = None,
+    reporter: Reporter = SILENT,
+) -> Model:
+    """Load a Hugging Face model directory, a hub id or a .gguf file onto the devices of `mesh`.
+
+    dtype "auto" is bfloat16 on accelerators and float32 on a CPU. mesh is like "fsdp=2,tensor=4"; None is
+    one device. Raises InputError for whatever cannot be computed exactly as transformers does.
+    """
+    local = resolve(path)
+    source, hf_config, tokenizer = open_model(local)
+    config = config_from_hf(hf_config)
+    layout = build_layout(parse_mesh(mesh), config.kv_heads)
+    total = sum(1 for _ in all_specs(config))
+    reporter.start(total, f"loading {Path(path).name}")
+    params = load_params(source, config, layout, _dtype(dtype), reporter.update)
+    reporter.finish()
+    identity = {"name": str(path), "fingerprint": fingerprint(source, config)}
+    return Model(params, config, layout, hf_config, str(local), identity, tokenizer)
+
+
+def _dtype(dtype: Any) -> Any:
+    if dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    names = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+    if isinstance(dtype, str) and dtype not in names:
+        raise InputError(f"dtype {dtype!r} is not known; use auto, {', '.join(names)}")
+    return names.get(dtype, dtype) if isinstance(dtype, str) else dtype
+
+
+def resolve(path: str | Path) -> Path:
+    """A local path as it is; a hub id as the directory that huggingface_hub keeps it in."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    text = str(path)
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith(".gguf"):
+        raise InputError(f"{path}: no such model; give a directory, a .gguf file or a hub id like org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: no such directory, and the hub did not give it: {reason}") from error
+
+
+def open_model(path: Path) -> tuple[TensorSource, dict[str, Any], Any]:
+    """The tensors, the config and (for a .gguf) the tokenizer of a local model."""
+    if path.suffix == ".gguf":
+        from jora.models.gguf import GGUFSource, gguf_tokenizer
+
+        source = GGUFSource(path)
+        return source, source.hf_config, gguf_tokenizer(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: not a model directory and not a .gguf file")
+    return SafetensorsSource(path), read_json(path / "config.json"), None
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model directory."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise InputError(f"{path}: no tokenizer.json here; copy the model's tokenizer files beside its weights")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(path), local_files_only=True)

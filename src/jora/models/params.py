@@ -1,0 +1,93 @@
+"""Parameters of the base model as plain pytrees, stacked the way the decoder scans them.
+
+Shape legend: R repeats of a scan; i.../o... input and output dimensions of a linear; v vocabulary
+(padded up so that every mesh axis divides it), d model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jora.models.config import ModelConfig, plan_layers
+from jora.models.tensors import TensorSpec, bias_specs, norm_specs, top_specs, weight_specs
+from jora.sharding import Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layer:
+    """One position of a scan's repeating unit; leaves are stacked over the R repeats."""
+
+    norms: dict[str, Float[Array, "R w"]]
+    weights: dict[str, Float[Array, "R ..."]]  # target -> [R, *in, *out]
+    biases: dict[str, Float[Array, "R ..."]]  # target -> [R, *out]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Params:
+    """All weights. `segments[s][u]` is unit position u of scan s (see `config.plan_layers`)."""
+
+    embed: Float[Array, "v d"]
+    segments: tuple[tuple[Layer, ...], ...]
+    final_norm: Float[Array, " d"]
+    head: Float[Array, "v d"] | None  # None: tied to `embed`
+
+
+def map_params(config: ModelConfig, top: Any, stack: Any) -> Params:
+    """Build a Params by calling `top(spec, shape)` and `stack(specs, shape)` for each leaf.
+
+    `specs` are the tensor specs of the layers that a stack holds, in order; `shape` is the array's
+    shape on the devices. Used for loading, for abstract shapes and for shardings, so they cannot differ.
+    """
+
+    def table(spec: TensorSpec) -> Any:
+        return top(spec, (config.padded_vocab, *spec.shape[1:]) if spec.axes[0] == "vocab" else spec.shape)
+
+    def leaves(family: Any, numbers: list[int]) -> dict[str, Any]:
+        per_layer = [family(config, n) for n in numbers]
+        stacks = {key: [specs[key] for specs in per_layer] for key in per_layer[0]}
+        return {key: stack(specs, (len(specs), *specs[0].shape)) for key, specs in stacks.items()}
+
+    segments = []
+    for segment in plan_layers(config.layer_kinds):
+        unit = []
+        for position in range(len(segment.unit)):
+            numbers = [segment.index(position, r) for r in range(segment.repeats)]
+            unit.append(
+                Layer(leaves(norm_specs, numbers), leaves(weight_specs, numbers), leaves(bias_specs, numbers))
+            )
+        segments.append(tuple(unit))
+    specs = top_specs(config)
+    head = table(specs["head"]) if "head" in specs else None
+    return Params(table(specs["embed"]), tuple(segments), top(specs["final_norm"], (config.embed,)), head)
+
+
+def abstract_params(config: ModelConfig, layout: Layout, dtype: Any = jnp.float32) -> Params:
+    """The parameters' shapes, dtypes and shardings without any memory, for planning and compiling."""
+
+    def top(spec: TensorSpec, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(spec.axes, shape))
+
+    def stack(specs: list[TensorSpec], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding((None, *specs[0].axes), shape))
+
+    return map_params(config, top, stack)
+
+
+def random_params(config: ModelConfig, layout: Layout, dtype: Any = jnp.float32, seed: int = 0) -> Params:
+    """Random weights of a sensible scale, for benchmarks and tests without a checkpoint."""
+    shapes = abstract_params(config, layout, dtype)
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def draw(key: Array, leaf: jax.ShapeDtypeStruct) -> Array:
+        make = jax.jit(lambda k: 0.02 * jax.random.normal(k, leaf.shape, leaf.dtype), out_shardings=leaf.sharding)
+        return make(key)
+
+    return jax.tree.unflatten(structure, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=True)])

@@ -1,0 +1,204 @@
+"""A model back to a Hugging Face directory: weights streamed from the devices, config and tokenizer beside them.
+
+Host memory beyond the device copies is one block of a few MiB, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jora.errors import InputError
+from jora.files import atomic_directory
+from jora.models.config import ModelConfig, plan_layers
+from jora.models.model import Model
+from jora.models.params import Params
+from jora.models.safetensors_file import MAX_SHARD_BYTES, Entry, write_sharded
+from jora.models.tensors import TensorSpec, bias_specs, norm_specs, top_specs, weight_specs
+from jora.reporting import SILENT, Reporter
+
+BLOCK = 4 << 20  # bytes of fp32 handled at a time
+
+# What lies beside the weights and is copied as it is.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+
+
+class DeviceTensor(NamedTuple):
+    """A checkpoint tensor on the devices: `array`, or row `repeat` of a stack of layers.
+
+    site: (adapter target, layer number) of a weight that an adapter may change; None for norms and biases.
+    """
+
+    spec: TensorSpec
+    array: Array
+    repeat: int | None = None
+    site: tuple[str, int | None] | None = None
+
+    @property
+    def units(self) -> int:
+        """Length of the axis that `read` cuts: rows, or heads of a linear layer's output."""
+        return self.spec.shape[len(self.spec.shape) - self.spec.outputs if self.spec.outputs else 0]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Units [start, stop) in Hugging Face's layout and the device's dtype."""
+        bounds = [(0, size) for size in self.spec.shape]
+        cut = len(bounds) - self.spec.outputs if self.spec.outputs else 0
+        bounds[cut] = (start, stop)
+        box = read_box(self.array, self.repeat, bounds)
+        if self.spec.outputs:
+            return box.reshape(math.prod(box.shape[:cut]), -1).T
+        return box.reshape(-1) if self.spec.name.endswith(".bias") else box
+
+    def blocks(self, change: Callable[[np.ndarray, slice], np.ndarray] | None = None) -> Iterator[np.ndarray]:
+        """All rows in order, `BLOCK` bytes at a time; `change(block, rows)` may replace each."""
+        rows_each = self.spec.hf_shape[0] // self.units
+        step = max(1, BLOCK * self.units // (4 * math.prod(self.spec.shape)))
+        for start in range(0, self.units, step):
+            stop = min(start + step, self.units)
+            block = self.read(start, stop)
+            yield block if change is None else change(block, slice(start * rows_each, stop * rows_each))
+
+
+def device_tensors(params: Params, config: ModelConfig) -> Iterator[DeviceTensor]:
+    """Every tensor of the checkpoint, in the model's order; a tied head is the embedding and not given again."""
+    tops = top_specs(config)
+    yield DeviceTensor(tops["embed"], params.embed, site=("embed_tokens", None))
+    for segment, unit in zip(plan_layers(config.layer_kinds), params.segments, strict=True):
+        for repeat in range(segment.repeats):
+            for position, layer in enumerate(unit):
+                number = segment.index(position, repeat)
+                for name, spec in norm_specs(config, number).items():
+                    yield DeviceTensor(spec, layer.norms[name], repeat)
+                for name, spec in weight_specs(config, number).items():
+                    yield DeviceTensor(spec, layer.weights[name], repeat, (name, number))
+                for name, spec in bias_specs(config, number).items():
+                    yield DeviceTensor(spec, layer.biases[name], repeat)
+    yield DeviceTensor(tops["final_norm"], params.final_norm)
+    if params.head is not None:
+        yield DeviceTensor(tops["head"], params.head, site=("lm_head", None))
+
+
+def read_box(array: Array, repeat: int | None, bounds: list[tuple[int, int]]) -> np.ndarray:
+    """A box of an array (of row `repeat` of a stack), taken from whichever devices hold it."""
+    out = np.empty([stop - start for start, stop in bounds], array.dtype)
+    lead = () if repeat is None else (repeat,)
+    seen = set()
+    for shard in array.addressable_shards:
+        held = [s.indices(size)[:2] for s, size in zip(shard.index, array.shape, strict=True)][len(lead) :]
+        both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, held, strict=True)]
+        if tuple(both) in seen or any(a >= b for a, b in both):
+            continue
+        seen.add(tuple(both))
+        starts = (*lead, *(a - c for (a, _), (c, _) in zip(both, held, strict=True)))
+        sizes = (*(1 for _ in lead), *(b - a for a, b in both))
+        target = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, bounds, strict=True))
+        out[target] = np.asarray(_slice(shard.data, np.array(starts, np.int32), sizes)).reshape(sizes[len(lead) :])
+    if sum(math.prod(b - a for a, b in box) for box in seen) != out.size:
+        raise InputError("saving: parts of the model are on devices of another process; save it where all of it is")
+    return out
+
+
+@partial(jax.jit, static_argnums=2)
+def _slice(x: Array, starts: Array, sizes: tuple[int, ...]) -> Array:
+    return jax.lax.dynamic_slice(x, tuple(starts), sizes)
+
+
+def save_model(
+    model: Model,
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Write a Hugging Face model directory in the model's dtype: weights, config.json, tokenizer.
+
+    An existing model directory is replaced when the new one is whole. Raises InputError for an existing
+    directory that is no model's.
+    """
+    entries = [Entry(t.spec.name, t.spec.hf_shape, t.blocks) for t in device_tensors(model.params, model.config)]
+    write_model(
+        directory,
+        entries,
+        dtype=np.dtype(model.dtype),
+        hf_config=model.hf_config,
+        source=Path(model.path),
+        tokenizer=model._tokenizer,
+        max_shard_bytes=max_shard_bytes,
+        reporter=reporter,
+    )
+
+
+def write_model(
+    directory: str | os.PathLike[str],
+    entries: Iterable[Entry],
+    *,
+    dtype: np.dtype,
+    hf_config: Mapping[str, Any],
+    source: Path,
+    tokenizer: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    reporter: Reporter = SILENT,
+) -> None:
+    """A Hugging Face directory from named tensors; what lies beside the weights comes from `source`.
+
+    tokenizer: written with `save_pretrained` where the source is a .gguf file.
+    """
+    target = Path(directory).expanduser()
+    check_replaceable(target, "config.json")
+    entries = list(entries)
+    done = iter(range(1, len(entries) + 1))
+    reporter.start(len(entries), f"writing {target.name}, tensors")
+    with atomic_directory(target) as temporary:
+        write_sharded(temporary, entries, dtype, max_shard_bytes, lambda: reporter.update(next(done)))
+        config = json.dumps(_with_dtype(hf_config, dtype), indent=2, ensure_ascii=False)
+        (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
+        elif source.is_dir():
+            _copy_companions(source, temporary)
+    reporter.finish()
+
+
+def check_replaceable(directory: Path, marker: str) -> None:
+    """Raise InputError if writing `directory` would remove files that no earlier run wrote."""
+    if directory.is_file():
+        raise InputError(f"{directory}: is a file; name a directory to write")
+    if directory.exists() and any(directory.iterdir()) and not (directory / marker).exists():
+        raise InputError(f"{directory}: holds other files and no {marker}; name a new or empty directory")
+
+
+def _with_dtype(hf_config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    # `torch_dtype` until transformers 4.55, `dtype` since; a file keeps the key that it came with.
+    key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
+    return {**hf_config, key: dtype.name}
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for name in _COMPANIONS:
+        path = source / name
+        if path.is_dir():
+            shutil.copytree(path, target / name)
+        elif path.exists():
+            shutil.copyfile(path, target / name)

@@ -1,0 +1,63 @@
+"""`jora.train`: from a model, a method and data to a run directory with an adapter.
+
+out/config.yaml     every option of the run
+out/metrics.jsonl   a line a step and evaluation
+out/checkpoints/    what `resume` needs
+out/adapter/        the result, as a PEFT directory
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+
+from jora.data.batches import Batches
+from jora.methods.method import Adapter
+from jora.models.model import Model
+from jora.reporting import SILENT, Reporter
+from jora.train.examples import Data, load_examples
+from jora.train.feed import batch_options
+from jora.train.loop import Run, TrainResult
+from jora.train.options import TrainOptions
+from jora.train.record import open_directory
+
+
+def train(
+    model: Model,
+    method: Any,
+    data: Data,
+    *,
+    out: str | os.PathLike[str],
+    options: TrainOptions | None = None,
+    eval_data: Data | None = None,
+    reporter: Reporter = SILENT,
+) -> TrainResult:
+    """Fine-tune `model` by `method` on `data`; the model's own weights do not change.
+
+    Args:
+        model: from `load_model`.
+        method: a method with its options, like `LoRA(rank=16)`, or an adapter to train further.
+        data: a .jsonl file, its parsed lines, or a list of `Tokenised`.
+        out: the run's directory, new or empty; with `options.resume` that of the run to continue.
+        options: see `TrainOptions`.
+        eval_data: for evaluations during training; the adapter of the best one is the result.
+        reporter: told of progress.
+
+    Raises:
+        InputError: data, options or directory cannot be used; `resume` with another model, method, data or
+            option than the run began with; a loss that is not finite.
+        KeyboardInterrupt: after a checkpoint was written.
+    """
+    options = options or TrainOptions()
+    directory = open_directory(out, options.resume)
+    examples = load_examples(data, model, options, reporter, "training data")
+    evaluation = None
+    if eval_data is not None:
+        eval_examples = load_examples(eval_data, model, options, reporter, "evaluation data")
+        evaluation = Batches(eval_examples, batch_options(options, model.layout, evaluation=True), options.seed)
+    batches = Batches(examples, batch_options(options, model.layout), options.seed)
+    adapter = method if isinstance(method, Adapter) else method.init(model, jax.random.key(options.seed))
+    run = Run(model, adapter, batches, evaluation, directory, options, reporter)
+    return run.execute({"data": data, "eval_data": eval_data})

@@ -1,0 +1,31 @@
+"""The loss of held-out data during training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jora.data.batches import Batches
+from jora.reporting import Reporter
+from jora.train.feed import to_devices
+from jora.train.programs import Programs
+
+
+def evaluation_loss(
+    batches: Batches, programs: Programs, trained: Any, constant: Any, params: Any, reporter: Reporter
+) -> tuple[float, int]:
+    """(mean -log p in nats per answer token, answer tokens) of all of `batches`, without dropout."""
+    plan = batches.plan(0)
+    reporter.start(len(plan), "evaluating, batches")
+    sums, answers = [], 0.0
+    for number, step in enumerate(plan, start=1):
+        host = batches.build(step)
+        layout, packed = programs.program.layout, programs.options.packing
+        run = programs.evaluate[step.shape]
+        total, _ = run(trained, constant, params, to_devices(host, layout, packed=packed, stacked=False))
+        sums.append(total)  # read at the end, so that the devices never wait
+        answers += float(host[0].answer_weights.sum())
+        reporter.update(number)
+    loss = math.fsum(float(x) for x in sums) / answers
+    reporter.finish(loss=loss)
+    return loss, int(answers)

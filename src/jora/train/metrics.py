@@ -1,0 +1,51 @@
+"""metrics.jsonl: one JSON object a line, whole at any moment, readable while the run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jora.data.formats import json_objects
+from jora.files import atomic_write
+
+Line = dict[str, Any]
+
+
+class MetricsFile:
+    """The measurements of a run, in the file and in `history`.
+
+    A training line has `step` (finished optimiser steps, from 1), `epoch` (from 0), `loss` (mean nats per
+    answer token of the step), `learning_rate`, `grad_norm` (before clipping), `tokens` (without padding)
+    and `answer_tokens` of the step, `tokens_per_s` (over the last ten steps), `memory_bytes` (peak of the
+    fullest device; on a CPU what the process holds) and `seconds` since the run began, interruptions left
+    out. An evaluation's line has `step`, `eval_loss`, `eval_answer_tokens`, `best` and `seconds`.
+    """
+
+    def __init__(self, path: Path, keep_until: int = 0) -> None:
+        """Open `path`; lines of steps after `keep_until` are dropped: a resumed run makes them again."""
+        self.history: list[Line] = []
+        if path.exists() and keep_until:
+            self.history = [line for _, line in json_objects(path) if line["step"] <= keep_until]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(map(_text, self.history)), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds on the last line."""
+        return self.history[-1]["seconds"] if self.history else 0.0
+
+    def write(self, line: Line) -> None:
+        """Append a line and flush it."""
+        self.history.append(line)
+        self._file.write(_text(line))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _text(line: Line) -> str:
+    return json.dumps(line) + "\n"

@@ -1,0 +1,98 @@
+"""What a user chooses about training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jora.data.tokenise import OverLong
+from jora.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How an adapter is trained; the defaults suit LoRA on a few hundred to a few thousand examples.
+
+    Raises InputError for a value that makes no sense.
+    """
+
+    epochs: int = 1
+    """Passes over the data; `max_steps` overrides it."""
+    max_steps: int | None = None
+    """Optimiser steps in all; the data is repeated as often as that takes."""
+    batch_size: int = 8
+    """Rows that go through the model at once, over all devices."""
+    accumulation: int = 1
+    """Batches whose gradients make one step; the result is that of one batch that many times larger."""
+    learning_rate: float = 2e-4
+    """The largest rate, reached at the end of the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls to 0 after the warm-up; constant stays."""
+    warmup: float = 0.03
+    """Share of the steps in which the rate rises from 0, rounded up to whole steps."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay of what trains."""
+    beta1: float = 0.9
+    """AdamW: decay of the mean of gradients."""
+    beta2: float = 0.999
+    """AdamW: decay of the mean of squared gradients."""
+    epsilon: float = 1e-8
+    """AdamW: added to the root of the mean of squares."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    max_length: int = 2048
+    """Most tokens of an example, and with packing the length of every row."""
+    too_long: OverLong = "shorten"
+    """Longer examples: shorten their documents (never the answer), drop them, or stop with an error."""
+    packing: bool = False
+    """Put several examples in a row, kept apart; off, examples of similar length share a batch."""
+    remat: Literal["auto", "none", "selective", "full"] = "auto"
+    """What is computed again in the backward pass to save memory; auto takes the least that fits."""
+    seed: int = 0
+    """Of the adapter's first values, the order of the data and dropout."""
+    eval_every: int | None = None
+    """Steps between evaluations, where there is data for it; by default one at the end of each epoch."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a lower loss; by default never."""
+    save_every: int = 200
+    """Steps between checkpoints; there is one at the end, at a new best and on Ctrl-C in any case."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints that are kept, besides the best."""
+    resume: bool = False
+    """Continue the run in the output directory from its latest checkpoint."""
+    deterministic: bool = False
+    """On a GPU: only operations that give the same bits every time (slower). A CPU always does."""
+    log_every: int = 1
+    """Steps between lines in metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name, (rule, fits) in _RULES.items():
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise InputError(f"training option {name} is {value}: it must be {rule}")
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+_POSITIVE: _Rule = ("at least 1", lambda value: value >= 1)
+_NOT_NEGATIVE: _Rule = ("0 or more", lambda value: 0 <= value < float("inf"))
+_SHARE: _Rule = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
+_ABOVE_ZERO: _Rule = ("a number above 0", lambda value: 0 < value < float("inf"))
+
+
+def _one_of(*values: str) -> _Rule:
+    return f"one of {', '.join(values)}", lambda value: value in values
+
+
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(("epochs", "max_steps", "batch_size", "accumulation"), _POSITIVE),
+    **dict.fromkeys(("eval_every", "patience", "save_every", "keep_checkpoints", "log_every"), _POSITIVE),
+    **dict.fromkeys(("learning_rate", "epsilon"), _ABOVE_ZERO),
+    **dict.fromkeys(("warmup", "beta1", "beta2"), _SHARE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), _NOT_NEGATIVE),
+    "max_length": ("at least 2", lambda value: value >= 2),
+    "seed": ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
+    "schedule": _one_of("cosine", "linear", "constant"),
+    "too_long": _one_of("shorten", "drop", "error"),
+    "remat": _one_of("auto", "none", "selective", "full"),
+}

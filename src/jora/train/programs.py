@@ -1,0 +1,76 @@
+"""The compiled programs of a run: one train step and one evaluation a batch shape, all made before step 0.
+
+A step later runs an executable that exists; a shape that was not planned would raise, never recompile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jora.data.batches import Shape
+from jora.models.model import Model
+from jora.reporting import Reporter
+from jora.train.feed import abstract_batches
+from jora.train.options import TrainOptions
+from jora.train.step import Program, TrainState, eval_step, train_step
+
+# XLA on GPUs: the same bits every time, at the price of slower scatters and no autotuning.
+DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
+
+
+@dataclass
+class Programs:
+    """Executables by batch shape. `state` and `constant` are abstract (shapes, dtypes, shardings)."""
+
+    program: Program
+    state: TrainState
+    constant: Any
+    params: Any
+    options: TrainOptions
+    train: dict[Shape, Any] = field(default_factory=dict)
+    evaluate: dict[Shape, Any] = field(default_factory=dict)
+
+    def trace_train(self, shape: Shape, program: Program) -> Any:
+        """The traced train step of `shape` (a `jax.stages.Traced`)."""
+        batches = abstract_batches(shape, self.options.accumulation, program.layout, packed=self.options.packing)
+        seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=program.layout.sharding(()))
+        return train_step.trace(self.state, self.constant, self.params, batches, seed, program=program)
+
+    def compile_train(self, shape: Shape, program: Program) -> Any:
+        """The executable train step of `shape`; compiled once a process for equal arguments."""
+        return self._compile(self.trace_train(shape, program).lower(), program)
+
+    def compile_evaluate(self, shape: Shape) -> Any:
+        """The executable evaluation of one batch of `shape`."""
+        program = self.program
+        batch = abstract_batches(shape, 1, program.layout, packed=self.options.packing, stacked=False)
+        return self._compile(
+            eval_step.lower(self.state.trained, self.constant, self.params, batch, program=program), program
+        )
+
+    def _compile(self, lowered: Any, program: Program) -> Any:
+        on_gpu = program.layout.mesh.devices.flat[0].platform == "gpu"
+        if self.options.deterministic and on_gpu:
+            return lowered.compile(compiler_options=DETERMINISTIC)
+        return lowered.compile()
+
+    def compile_all(self, train: Sequence[Shape], evaluate: Sequence[Shape], reporter: Reporter) -> None:
+        """Compile every shape, the largest first: what does not fit fails before any work is done."""
+        reporter.start(len(train) + len(evaluate), "compiling, programs")
+        for shape in train:
+            self.train[shape] = self.compile_train(shape, self.program)
+            reporter.update(len(self.train))
+        for shape in evaluate:
+            self.evaluate[shape] = self.compile_evaluate(shape)
+            reporter.update(len(self.train) + len(self.evaluate))
+        reporter.finish()
+
+
+def abstract_params_of(model: Model) -> Any:
+    """Shapes, dtypes and shardings of weights that are on the devices."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model.params)

@@ -1,0 +1,98 @@
+"""What a run writes down about itself: config.yaml, and the identity that a resumed run must share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jora import __version__
+from jora.errors import InputError
+from jora.files import atomic_write
+from jora.methods.method import Adapter
+from jora.models.model import Model
+from jora.train.options import TrainOptions
+
+CONFIG = "config.yaml"
+# These may differ when a run is resumed: they change what is shown and kept, not what is computed.
+FREE = ("save_every", "keep_checkpoints", "log_every", "resume", "remat")
+
+
+def identity(
+    model: Model, adapter: Adapter, options: TrainOptions, total_steps: int, data: str, eval_data: str | None
+) -> dict[str, Any]:
+    """Everything that decides a run's numbers, as JSON; `data` and `eval_data` are digests."""
+    numbers = {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE}
+    return {
+        "base fingerprint": model.identity.get("fingerprint"),
+        "dtype": str(model.dtype),
+        "mesh": {axis: int(size) for axis, size in model.layout.mesh.shape.items()},
+        "method": type(adapter.method).__name__,
+        **{f"method option {k}": v for k, v in method_options(adapter.method).items()},
+        **{f"option {k}": v for k, v in numbers.items()},
+        "number of steps": total_steps,
+        "training data": data,
+        "evaluation data": eval_data,
+    }
+
+
+def method_options(method: Any) -> dict[str, Any]:
+    """A method's options as plain JSON / YAML values."""
+    return {field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def write_config(
+    directory: Path,
+    model: Model,
+    adapter: Adapter,
+    options: TrainOptions,
+    about: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> None:
+    """config.yaml: all options of the run, flat and by name; `about` goes into a comment on top.
+
+    data: name -> what was given; only paths are written.
+    """
+    import jax
+    import yaml
+
+    mesh = {axis: int(size) for axis, size in model.layout.mesh.shape.items()}
+    tensor = mesh.pop("tensor_kv") * mesh.pop("tensor_rep")
+    values = {
+        "model": model.identity.get("name", model.path),
+        "dtype": str(model.dtype),
+        "mesh": ",".join(f"{axis}={size}" for axis, size in (*mesh.items(), ("tensor", tensor))),
+        **{name: os.fspath(value) for name, value in data.items() if isinstance(value, str | os.PathLike)},
+        "out": os.fspath(directory),
+        **method_options(adapter.method),
+        **dataclasses.asdict(options),
+    }
+    del values["resume"]
+    notes = {"jora": __version__, "jax": jax.__version__, **about}
+    with atomic_write(directory / CONFIG) as temporary:
+        header = "".join(f"# {name}: {value}\n" for name, value in notes.items())
+        kept = {name: value for name, value in values.items() if value is not None}
+        temporary.write_text(header + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def open_directory(out: str | os.PathLike[str], resume: bool) -> Path:
+    """The run's directory. Raises InputError where it holds a run (or anything else) and `resume` is off."""
+    directory = Path(out)
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file: give a directory for the run")
+    holds_run = (directory / CONFIG).exists()
+    if holds_run and not resume:
+        raise InputError(f"{directory} holds a run already: resume it, or give another directory")
+    if not holds_run and directory.exists() and any(directory.iterdir()):
+        raise InputError(f"{directory} is not empty and holds no run: give a new directory")
+    if not holds_run and resume:
+        raise InputError(f"{directory} holds no run to resume: leave resume off to start one")
+    return directory

@@ -1,0 +1,25 @@
+"""Choosing what the backward pass computes again: the least that fits the device's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+from jora.models.decoder import Remat
+from jora.train.memory import USABLE, ProgramMemory
+
+# From the fastest (and largest) to the smallest.
+POLICIES: tuple[Remat, ...] = get_args(Remat)
+
+
+def choose_remat(compile_with: Callable[[Remat], Any], free: int) -> Remat:
+    """The first of none, selective, full whose program fits into `free` bytes a device; full if none does.
+
+    compile_with: compiles the train step of the largest batch under a policy, with its arguments
+    (weights, optimiser state) already on the devices and so not part of `free`. What fits is the
+    compiler's word: temporaries + outputs - aliases, kept below 90 % of what is free.
+    """
+    for policy in POLICIES[:-1]:
+        if ProgramMemory.of(compile_with(policy)).added <= USABLE * free:
+            return policy
+    return POLICIES[-1]
