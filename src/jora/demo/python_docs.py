@@ -159,8 +159,7 @@ def _find(words: Sequence[_Word], anchor: tuple[str, ...]) -> list[int]:
     return [
         at
         for at in range(len(words) - len(anchor) + 1)
-        if words[at].text == anchor[0]
-        and all(words[at + offset].text == text for offset, text in enumerate(anchor))
+        if words[at].text == anchor[0] and all(words[at + offset].text == text for offset, text in enumerate(anchor))
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -41,7 +43,7 @@ def cached_attention(
     return scores_to_output(q, k, v, visibility(queries, keys, spec), spec)
 
 
-def why_not_cudnn(dtype, head_dim: int, spec: AttentionSpec, packed: bool) -> str | None:
+def why_not_cudnn(dtype: Any, head_dim: int, spec: AttentionSpec, packed: bool) -> str | None:
     """The reason why cuDNN's kernel cannot run here, or None where it does."""
     if jax.default_backend() != "gpu":
         return f"the device is a {jax.default_backend()}"
@@ -61,7 +63,7 @@ def _largest_cudnn_head() -> int:
     return HOPPER_HEAD_DIM if float(capability) >= 9.0 else CUDNN_HEAD_DIM
 
 
-def _cudnn(q, k, v, spec: AttentionSpec):
+def _cudnn(q: Array, k: Array, v: Array, spec: AttentionSpec) -> Array:
     heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
     window = None if spec.window is None else (spec.window - 1, 0)
     out = jax.nn.dot_product_attention(

@@ -72,7 +72,7 @@ def blocked_attention(
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
-def _band(q, k, v, segments, spec: AttentionSpec, start: int, stop: int):
+def _band(q: Array, k: Array, v: Array, segments: Array | None, spec: AttentionSpec, start: int, stop: int) -> Array:
     """Queries [start, stop): one block, or a loop over blocks that share their span of keys."""
     first = 0 if spec.window is None else max(0, start - spec.window + 1)
     if stop - start <= BLOCK:
@@ -82,7 +82,7 @@ def _band(q, k, v, segments, spec: AttentionSpec, start: int, stop: int):
     blocks = queries.reshape(q.shape[0], -1, BLOCK, *q.shape[2:]).swapaxes(0, 1)
     span = stop if spec.window is None else min(stop, spec.window + BLOCK)
 
-    def step(_, item):
+    def step(_: None, item: tuple[Array, Array]) -> tuple[None, Array]:
         index, block = item
         begin = start + index * BLOCK
         from_key = 0 if spec.window is None else jnp.clip(begin - spec.window + 1, 0, stop - span)
@@ -92,9 +92,18 @@ def _band(q, k, v, segments, spec: AttentionSpec, start: int, stop: int):
     return out.swapaxes(0, 1).reshape(queries.shape)[:, : stop - start]
 
 
-def _block(q, k, v, segments, spec: AttentionSpec, begin, first, span: int):
+def _block(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    spec: AttentionSpec,
+    begin: int | Array,
+    first: int | Array,
+    span: int,
+) -> Array:
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-    def run(q, k, v):
+    def run(q: Array, k: Array, v: Array) -> Array:
         keys = jax.lax.dynamic_slice_in_dim(k, first, span, 1)
         values = jax.lax.dynamic_slice_in_dim(v, first, span, 1)
         query_index = (begin + jnp.arange(q.shape[1]))[None]

@@ -7,6 +7,8 @@ and a resumed run draws what the first one drew.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
@@ -25,9 +27,7 @@ def combine(seed: UInt32[Array, "*n"], value: UInt32[Array, "*n"] | Int[Array, "
     return mix(jnp.asarray(seed, jnp.uint32) ^ mix(salt))
 
 
-def keep_mask(
-    row_seeds: UInt32[Array, " b"], shape: tuple[int, ...], rate: float
-) -> Bool[Array, "b s *rest"]:
+def keep_mask(row_seeds: UInt32[Array, " b"], shape: tuple[int, ...], rate: float) -> Bool[Array, "b s *rest"]:
     """True with probability 1 - rate, for an array `shape` = (b, s, ...).
 
     An element's draw depends on its row's seed, its token index and its feature index, not on s: padding a
@@ -43,7 +43,7 @@ def keep_mask(
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
-def fold_all(seed: int | UInt32[Array, ""], *values: Int[Array, "*n"] | int) -> UInt32[Array, "*n"]:
+def fold_all(seed: int | UInt32[Array, ""], *values: Any) -> UInt32[Array, "*n"]:
     """A seed from several numbers in order."""
     result = jnp.asarray(seed, jnp.uint32)
     for value in values:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -20,11 +21,13 @@ from jaxtyping import Array, Float, Int
 
 from jora.errors import InputError
 from jora.kernels.counter_hash import keep_mask
+from jora.kernels.low_rank import low_rank
 from jora.methods.method import Adapter, State
 from jora.methods.targets import EMBED, HEAD, Frozen, pattern_value, select
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
 from jora.models.tensors import LinearShape, linear_shape
+from jora.sharding import Layout
 
 
 @jax.tree_util.register_dataclass
@@ -42,13 +45,8 @@ class LoRAProjection:
         if self.dropout and rows.dropout is not None:
             keep = keep_mask(site.salt(rows.dropout), x.shape, self.dropout)
             x = jnp.where(keep, x, 0) / jnp.asarray(1 - self.dropout, x.dtype)
-        # Products in the activations' dtype with fp32 sums; the factors themselves stay fp32.
-        inner = jnp.tensordot(
-            x, self.a.astype(x.dtype), axes=dense.inputs, preferred_element_type=jnp.float32
-        )
-        # [tokens, rank]: the only array of the adapter that devices exchange.
-        inner = dense.layout.constrain(inner * self.scale, "batch", None, None).astype(x.dtype)
-        return y + jnp.tensordot(inner, self.b.astype(x.dtype), axes=1)
+        # The scale goes onto the small factor; the product of an unadapted layer is exactly zero.
+        return y + low_rank(x, self.a, self.b * self.scale, dense.layout)
 
 
 @jax.tree_util.register_dataclass
@@ -115,21 +113,7 @@ class LoRA:
 
     def init(self, model: Any, key: Array) -> Adapter:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0 (embeddings: A = 0, B ~ N(0, 1)), as PEFT initialises."""
-        config, layout = model.config, model.layout
-        sites = self.sites(config)
-        axes = self.axes(config)
-
-        def draw(key: Array) -> State:
-            keys = jax.random.split(key, len(sites))
-            pairs = {
-                t: _init_pair(k, config, t, by_layer) for k, (t, by_layer) in zip(keys, sites.items(), strict=True)
-            }
-            scales = {t: _scales(config, by_layer) for t, by_layer in sites.items()}
-            return State(pairs, scales)
-
-        shapes = jax.eval_shape(draw, key)
-        shardings = jax.tree.map(lambda leaf, a: layout.sharding(a, leaf.shape), shapes, axes)
-        return Adapter(self, jax.jit(draw, out_shardings=shardings)(key), dict(model.identity))
+        return Adapter(self, _draw(key, self, model.config, model.layout), dict(model.identity))
 
     def axes(self, config: ModelConfig) -> State:
         sites = self.sites(config)
@@ -139,7 +123,8 @@ class LoRA:
         )
 
     def bind(self, state: State, rows: Rows) -> Bound:
-        layers, ends = {}, {}
+        layers: dict[str, Any] = {}
+        ends: dict[str, Any] = {}
         for target, factors in state.trained.items():
             scale = state.constant[target]
             if target == EMBED:
@@ -149,22 +134,22 @@ class LoRA:
             (ends if target == HEAD else layers)[target] = projection
         return Bound(layers, ends.get(EMBED), ends.get(HEAD))
 
-    def merge(self, state: State, config: ModelConfig, target: str, layer: int | None) -> Array | None:
-        """s A B, fp32 [*in, *out]; for embed_tokens and lm_head in the table's own layout
-        [padded vocab, d]."""
-        if layer not in self.sites(config).get(target, {}):
-            return None
-        pick = (lambda x: x) if layer is None else (lambda x: x[layer])
-        a, b = (pick(state.trained[target][f]) for f in "ab")
-        delta = jnp.tensordot(a, b, axes=1, precision="highest") * pick(state.constant[target])
-        return delta.T if target == HEAD else delta
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(key: Array, method: LoRA, config: ModelConfig, layout: Layout) -> State:
+    """Initial factors, each device drawing its own part."""
+    sites = method.sites(config)
+    keys = jax.random.split(key, len(sites))
+    pairs = {t: _init_pair(k, config, t, by_layer) for k, (t, by_layer) in zip(keys, sites.items(), strict=True)}
+    state = State(pairs, {t: _scales(config, by_layer) for t, by_layer in sites.items()})
+    return jax.tree.map(lambda leaf, axes: layout.constrain(leaf, *axes), state, method.axes(config))
 
 
 def site_shape(config: ModelConfig, target: str) -> LinearShape:
     """Input and output of a target, lm_head and embed_tokens included, with the axes of *adapter factors*.
 
-    The vocabulary is padded as the table is (`ModelConfig.padded_vocab`). Along the model width a factor is whole on every device; along heads, MLP and vocabulary it is cut as
-    the weight is.
+    The vocabulary is padded as the table is (`ModelConfig.padded_vocab`). Along the model width a factor is
+    whole on every device; along heads, MLP and vocabulary it is cut as the weight is.
     """
     vocab, width = ((config.padded_vocab,), ("vocab",)), ((config.embed,), (None,))
     if target == HEAD:
@@ -197,7 +182,9 @@ def _scales(config: ModelConfig, by_layer: Mapping[int | None, tuple[int, float]
     return jnp.array([by_layer.get(layer, (0, 0.0))[1] for layer in range(config.layers)], jnp.float32)
 
 
-def _init_pair(key: Array, config: ModelConfig, target: str, by_layer) -> dict[str, Array]:
+def _init_pair(
+    key: Array, config: ModelConfig, target: str, by_layer: Mapping[int | None, tuple[int, float]]
+) -> dict[str, Array]:
     s = site_shape(config, target)
     largest = max(rank for rank, _ in by_layer.values())
     if target == EMBED:

@@ -39,10 +39,6 @@ class Method(Protocol):
         """The projections of one step, inside jit."""
         ...
 
-    def merge(self, state: State, config: ModelConfig, target: str, layer: int | None) -> Array | None:
-        """What to add to one frozen weight [*in, *out] (fp32), or None where it is not adapted."""
-        ...
-
 
 @dataclass(frozen=True)
 class Adapter:

@@ -11,9 +11,9 @@ What to notice:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def forward(
     }
     context = Context(config, layout, rotations, segments, rows, indices)
     x = layout.constrain(_embed(params, tokens, context, bound), "batch", "seq_sharded", None)
-    caches = []
+    caches: list[Any] = []
     for number, segment in enumerate(plan_layers(config.layer_kinds)):
         kvs = None if cache is None else cache.segments[number]
         x, kvs = _scan_segment(x, segment, params.segments[number], bound, kvs, context, remat)
@@ -118,7 +118,7 @@ def _scan_segment(
     adapters = [_adapters_of(bound, segment, position) for position in range(len(segment.unit))]
     blocks = [_remat(partial(_block, kind=kind, context=context), remat) for kind in segment.unit]
 
-    def step(carry, xs):
+    def step(carry: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], None]:
         x, kvs = carry
         repeat, unit, unit_adapters = xs
         updated = []
@@ -134,14 +134,14 @@ def _scan_segment(
     return x, kvs
 
 
-def _adapters_of(bound: Bound, segment: Segment, position: int) -> dict:
+def _adapters_of(bound: Bound, segment: Segment, position: int) -> dict[str, Any]:
     """The projections of one unit position, stacked over the scan's repeats."""
     step = len(segment.unit)
     first, last = segment.start + position, segment.start + segment.layers
     return {target: jax.tree.map(lambda leaf: leaf[first:last:step], p) for target, p in bound.layers.items()}
 
 
-def _remat(block, remat: Remat):
+def _remat(block: Any, remat: Remat) -> Any:
     if remat == "none":
         return block
     policies = jax.checkpoint_policies
@@ -152,7 +152,7 @@ def _remat(block, remat: Remat):
 def _block(
     x: Float[Array, "b s d"],
     layer: Layer,
-    adapters: Mapping,
+    adapters: Mapping[str, Any],
     number: Int[Array, ""],
     repeat: Int[Array, ""],
     kv: KV | None,
@@ -189,7 +189,15 @@ def _block(
 _TO_RESIDUAL = ("o_proj", "down_proj")
 
 
-def _attention(h, linear, layer: Layer, kind: LayerKind, repeat, kv: KV | None, context: Context):
+def _attention(
+    h: Array,
+    linear: Callable[[str, Array], Array],
+    layer: Layer,
+    kind: LayerKind,
+    repeat: Array,
+    kv: KV | None,
+    context: Context,
+) -> tuple[Array, KV | None]:
     """Projections, norms of q and k, rotation and attention: [b, s, d] -> [b, s, k, g, h]."""
     config, layout = context.config, context.layout
     q, k, v = (checkpoint_name(linear(f"{name}_proj", h), name) for name in "qkv")
@@ -204,7 +212,7 @@ def _attention(h, linear, layer: Layer, kind: LayerKind, repeat, kv: KV | None, 
         x = x if weight is None else rms_norm(x, weight, config)
         return rotate(x, Rotation(cos, sin))
 
-    def attend(q, k, v, cos, sin, q_norm, k_norm, segments):
+    def attend(q: Array, k: Array, v: Array, cos: Array, sin: Array, q_norm: Any, k_norm: Any, segments: Any) -> Array:
         return self_attention(prepare(q, cos, sin, q_norm), prepare(k, cos, sin, k_norm), v, segments, spec)
 
     norms = (layer.norms.get("q"), layer.norms.get("k"))

@@ -18,6 +18,17 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_ta
 KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
 
+# What transformers fills in where a config.json says nothing, as far as it differs between the families.
+DEFAULTS: dict[str, Json] = {
+    "mistral": {"max_position_embeddings": 131_072, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32_768},
+    "qwen3": {"max_position_embeddings": 32_768, "head_dim": 128},
+    "gemma": {"max_position_embeddings": 8192},
+    "gemma2": {"max_position_embeddings": 8192},
+    "gemma3_text": {"max_position_embeddings": 131_072},
+}
+
+
 def config_from_hf(hf: Json) -> ModelConfig:
     """Read a parsed config.json. Raises InputError for an architecture or option that Jora does not have."""
     family = hf.get("model_type")
@@ -26,7 +37,7 @@ def config_from_hf(hf: Json) -> ModelConfig:
         raise InputError(f"config.json: model_type {family!r} is not supported; supported are {known}")
     if hf.get("quantization_config"):
         raise InputError("config.json: quantization_config is set; use the unquantised model of the same name")
-    return FAMILIES[family](hf)
+    return FAMILIES[family]({**DEFAULTS.get(family, {}), **hf})
 
 
 def _require(hf: Json, key: str) -> Any:

@@ -21,6 +21,7 @@ from jora.sharding import Layout
 
 CHUNK = 128  # answer tokens whose logits exist at a time; at 262,144 words and fp32 128 MiB
 MASKED = -1e30
+Static = tuple[ModelConfig, Layout]
 
 
 class Answers(NamedTuple):
@@ -84,7 +85,7 @@ def answer_loss(
     return _chunked_loss(chosen, _head(params, bound), answers, rows, (config, layout))
 
 
-def _nll(hidden, head: Head, answers: Answers, rows: Rows, static) -> tuple[Array, Array]:
+def _nll(hidden: Array, head: Head, answers: Answers, rows: Rows, static: Static) -> tuple[Array, Array]:
     config, layout = static
     scores = _padded_logits(head, hidden, config, layout, rows)
     words = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
@@ -113,8 +114,8 @@ def _join(x: Array, count: int) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked_loss(hidden, head: Head, answers: Answers, rows: Rows, static):
-    def step(total, chunk):
+def _chunked_loss(hidden: Array, head: Head, answers: Answers, rows: Rows, static: Static) -> tuple[Array, Array]:
+    def step(total: Array, chunk: tuple[Array, Answers]) -> tuple[Array, Array]:
         loss, nll = _nll(*_of(chunk, head), rows, static)
         return total + loss, nll
 
@@ -131,7 +132,7 @@ def _is_primal(leaf: Any) -> bool:
     return hasattr(leaf, "perturbed")
 
 
-def _loss_forward(hidden, head, answers, rows, static):
+def _loss_forward(hidden: Any, head: Any, answers: Any, rows: Any, static: Static) -> tuple[Any, Any]:
     """The loss and its gradient in one pass over the chunks.
 
     Which parts of the head train is known here (`perturbed`): a frozen table gets no gradient at all.
@@ -142,12 +143,12 @@ def _loss_forward(hidden, head, answers, rows, static):
     hidden, answers, rows = value(hidden), value(answers), value(rows)
     values = [leaf.value for leaf in leaves]
 
-    def loss_of(chunk, trained, chunk_answers):
+    def loss_of(chunk: Array, trained: list[Array], chunk_answers: Answers) -> tuple[Array, Array]:
         merged = iter(trained)
         parts = [next(merged) if t else v for t, v in zip(trains, values, strict=True)]
         return _nll(chunk, jax.tree.unflatten(structure, parts), chunk_answers, rows, static)
 
-    def step(carry, chunk):
+    def step(carry: Any, chunk: tuple[Array, Answers]) -> tuple[Any, Any]:
         total, gradients = carry
         part, chunk_answers = chunk
         trained = [v for t, v in zip(trains, values, strict=True) if t]
@@ -164,7 +165,7 @@ def _loss_forward(hidden, head, answers, rows, static):
     return (total, _join(nll, count)), (_join(d_hidden, count), d_head)
 
 
-def _loss_backward(static, saved, cotangents):
+def _loss_backward(static: Static, saved: Any, cotangents: Any) -> tuple[Any, Any, None, None]:
     scale, _ = cotangents
     d_hidden, d_head = jax.tree.map(lambda g: (scale * g).astype(g.dtype), saved)
     return d_hidden, d_head, None, None

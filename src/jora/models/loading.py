@@ -26,6 +26,8 @@ from jora.sharding import Layout
 
 PIECE = 8 << 20  # bytes converted at a time: what a tensor costs beyond its own copy
 
+Bounds = list[tuple[int, int]]  # [start, stop) along each dimension
+
 # Tensors that old checkpoints carry although they are computed, never learned.
 _COMPUTED = ("rotary_emb.inv_freq",)
 
@@ -59,7 +61,8 @@ def load_params(source: TensorSource, config: ModelConfig, layout: Layout, dtype
         """One tensor on its devices; `shape` may have more rows than the file (padded vocabulary)."""
         shards: dict[Any, np.ndarray] = {}
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             key = tuple((s.start, s.stop) for s in index)
             if key not in shards:  # replicas ask for the same bytes
                 shards[key] = read_shard(source, spec, index, shape, numpy_dtype)
@@ -143,11 +146,11 @@ def read_shard(
     return out
 
 
-def _flat(bounds: list[tuple[int, int]]) -> int:
+def _flat(bounds: Bounds) -> int:
     return math.prod(stop - start for start, stop in bounds)
 
 
-def _read_linear(source: TensorSource, spec: TensorSpec, outs, ins, out: np.ndarray) -> None:
+def _read_linear(source: TensorSource, spec: TensorSpec, outs: Bounds, ins: Bounds, out: np.ndarray) -> None:
     """Fill `out` [in, out] from Hugging Face's [out, in]."""
     cut = len(spec.shape) - spec.outputs
     at = 0
@@ -158,7 +161,7 @@ def _read_linear(source: TensorSource, spec: TensorSpec, outs, ins, out: np.ndar
         at += width
 
 
-def _ranges(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _ranges(shape: tuple[int, ...], bounds: Bounds) -> Iterator[tuple[int, int]]:
     """The contiguous runs of flat indices that a box of an array covers, in order."""
     # Trailing dimensions that are taken whole belong to one run.
     whole = len(shape)

@@ -69,12 +69,19 @@ class Model:
 
 
 @partial(jax.jit, static_argnums=(5, 6, 7))
-def _logits(params, state, tokens, positions, segments, config, layout, method):
+def _logits(
+    params: Params,
+    state: Any,
+    tokens: Array,
+    positions: Array | None,
+    segments: Array | None,
+    config: ModelConfig,
+    layout: Layout,
+    method: Any,
+) -> Array:
     rows = Rows()
     bound = BASE if method is None else method.bind(state, rows)
-    hidden, _ = decoder.forward(
-        params, config, layout, tokens, positions, segments, bound=bound, rows=rows
-    )
+    hidden, _ = decoder.forward(params, config, layout, tokens, positions, segments, bound=bound, rows=rows)
     return head.logits(params, config, layout, hidden, bound, rows)
 
 

@@ -59,9 +59,7 @@ def map_params(config: ModelConfig, top: Any, stack: Any) -> Params:
         unit = []
         for position in range(len(segment.unit)):
             numbers = [segment.index(position, r) for r in range(segment.repeats)]
-            unit.append(
-                Layer(leaves(norm_specs, numbers), leaves(weight_specs, numbers), leaves(bias_specs, numbers))
-            )
+            unit.append(Layer(leaves(norm_specs, numbers), leaves(weight_specs, numbers), leaves(bias_specs, numbers)))
         segments.append(tuple(unit))
     specs = top_specs(config)
     head = table(specs["head"]) if "head" in specs else None

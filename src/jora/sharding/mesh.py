@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jora.errors import InputError
+
+if TYPE_CHECKING:
+    from jora.sharding.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,13 @@ def start_devices(spec: MeshSpec) -> str | None:
         return None
     # The number of CPU devices can only be set before the backend starts.
     if not jax._src.xla_bridge.backends_are_initialized():
-        jax.config.update("jax_num_cpu_devices", max(spec.devices, jax.config.jax_num_cpu_devices or 1))
+        jax.config.update("jax_num_cpu_devices", max(spec.devices, jax.config.values["jax_num_cpu_devices"] or 1))
     if jax.default_backend() == "cpu" and jax.device_count() >= spec.devices:
         return f"mesh {spec}: {spec.devices} devices simulated on this CPU"
     return None
 
 
-def build_layout(spec: MeshSpec, kv_heads: int):
+def build_layout(spec: MeshSpec, kv_heads: int) -> Layout:
     """The layout for a model with `kv_heads` KV heads. Raises InputError when devices are missing."""
     import jax
 

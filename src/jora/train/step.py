@@ -96,7 +96,7 @@ def gradients(
     total = jnp.maximum(jnp.sum(batches.answers.weights), 1e-9)
 
     def one(batch: MicroBatches, row_seeds: Any) -> tuple[Array, Any]:
-        def mean_loss(trained):
+        def mean_loss(trained: Any) -> Array:
             loss, _ = batch_loss(trained, constant, params, batch, row_seeds, program)
             return loss / total
 
@@ -105,7 +105,7 @@ def gradients(
     if batches.tokens.shape[0] == 1:
         return one(*jax.tree.map(lambda x: x[0], (batches, seeds)))
 
-    def accumulate(carry, micro):
+    def accumulate(carry: Any, micro: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, one(*micro)), None
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
@@ -127,7 +127,7 @@ def train_step(
     loss, grads = gradients(state.trained, constant, params, batches, seeds, program)
     updates, optimizer = program.optimizer.update(grads, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     return TrainState(trained, optimizer, state.step + 1), metrics
 
 
