@@ -37,20 +37,20 @@ def sizes(hf: dict[str, Any], layers: int) -> dict[str, int]:
     }
 
 
+# Six layers of a Gemma 3 are two scans of one layer kind each, 36 are one scan over a unit of six layers.
+UNROLLED = pytest.mark.xfail(strict=True, reason="the five sliding layers of Gemma 3's unit are compiled one by one")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("hf", "deep", "shallow"),
-    [({"model_type": "llama"}, 32, 2), (GEMMA3, 36, 12)],
-    ids=["llama-32-2", "gemma3-36-12"],
+    [
+        pytest.param({"model_type": "llama"}, 32, 2, id="llama-32-2"),
+        pytest.param(GEMMA3, 36, 12, id="gemma3-36-12"),
+        pytest.param(GEMMA3, 36, 6, id="gemma3-36-6", marks=UNROLLED),
+    ],
 )
 def test_depth_adds_nothing_to_the_program(hf: dict[str, Any], deep: int, shallow: int) -> None:
     small, large = sizes(hf, shallow), sizes(hf, deep)
     for what, size in small.items():
         assert large[what] <= 1.05 * size, f"{what}: {large[what]} for {deep} layers, {size} for {shallow}"
-
-
-@pytest.mark.slow
-def test_six_layers_of_gemma3_are_no_larger_a_program_than_36() -> None:
-    """Six layers are one repeating unit only, planned as two scans."""
-    small, large = sizes(GEMMA3, 6), sizes(GEMMA3, 36)
-    print(small, large)

@@ -14,7 +14,7 @@ from jora.errors import InputError
 
 # Command -> one line of help; the module is jora.cli.<words joined by _>, imported when it is called.
 COMMANDS = {
-    "raft build": "documents + questions -> train.jsonl or eval.jsonl, and a manifest",
+    "raft build": "documents + questions -> train.jsonl, eval.jsonl and a manifest",
     "train": "fine-tune an adapter: data -> run directory with adapter/, checkpoints/, metrics.jsonl",
     "eval": "loss, exact match, F1, share of quotes found in the context; a row per example",
     "generate": "answer one prompt or a file of prompts",

@@ -46,4 +46,3 @@ def run(options: Options, reporter: Reporter) -> None:
         eval_data=options.eval_data,
         reporter=reporter,
     )
-    reporter.note(f"adapter written to {options.out}/adapter")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jora.kernels.spec import AttentionSpec
+from jora.kernels.widen import widen
 
 BLOCK = 256  # queries a block; at 256 x 4096 fp32 scores of one head take 4 MiB
 UNROLLED_BLOCKS = 8  # more blocks than this are looped over in bands, so that compile time stays bounded
@@ -29,6 +30,7 @@ def scores_to_output(
     spec: AttentionSpec,
 ) -> Float[Array, "b s k g h"]:
     """Softmax attention over explicitly given visibility; fp32 scores."""
+    q, k = widen(q, k)
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * spec.scale
     if spec.cap is not None:
         scores = spec.cap * jnp.tanh(scores / spec.cap)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jora.kernels.vocab import vocab_product
 from jora.models.adapted import Bound, Dense, Projection, Rows, Site, project
 from jora.models.config import ModelConfig
 from jora.models.params import Params
@@ -39,6 +40,13 @@ class Head(NamedTuple):
     projection: Projection | None
 
 
+class TableDense(Dense):
+    """The output layer: its weight is the vocabulary's table [v, d]."""
+
+    def _product(self, x: Array) -> Array:
+        return vocab_product(x, self.weight, self.layout)
+
+
 def _head(params: Params, bound: Bound) -> Head:
     return Head(params.embed if params.head is None else params.head, bound.head)
 
@@ -48,7 +56,7 @@ def _padded_logits(
 ) -> Float[Array, "b n v"]:
     """fp32 logits over the padded vocabulary; padding words can never win."""
     hidden = layout.constrain(hidden, "batch_gathered", None, None)
-    dense = Dense(head.table.T, None, (None,), ("vocab",), layout)
+    dense = TableDense(head.table, None, (None,), ("vocab",), layout)
     site = Site("lm_head", jnp.int32(config.layers))
     logits = project(hidden, dense, head.projection, site, rows)
     logits = layout.constrain(logits, "batch_gathered", None, "vocab").astype(jnp.float32)

@@ -12,10 +12,7 @@ from jora.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How an adapter is trained; the defaults suit LoRA on a few hundred to a few thousand examples.
-
-    Raises InputError for a value that makes no sense.
-    """
+    """How an adapter is trained; the defaults suit LoRA on a few hundred to a few thousand examples."""
 
     epochs: int = 1
     """Passes over the data; `max_steps` overrides it."""
