@@ -7,9 +7,9 @@ and a resumed run draws what the first one drew.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
 
@@ -27,19 +27,24 @@ def combine(seed: UInt32[Array, "*n"], value: UInt32[Array, "*n"] | Int[Array, "
     return mix(jnp.asarray(seed, jnp.uint32) ^ mix(salt))
 
 
-def keep_mask(row_seeds: UInt32[Array, " b"], shape: tuple[int, ...], rate: float) -> Bool[Array, "b s *rest"]:
+def keep_mask(
+    row_seeds: UInt32[Array, " b"],
+    shape: tuple[int, ...],
+    rate: float,
+    tokens: Int[Array, "b s"] | None = None,
+) -> Bool[Array, "b s *rest"]:
     """True with probability 1 - rate, for an array `shape` = (b, s, ...).
 
-    An element's draw depends on its row's seed, its token index and its feature index, not on s: padding a
-    row to another length changes nothing.
+    An element's draw depends on its row's seed, its token's index in the row (`tokens`, by default counted
+    from 0) and its feature's index: padding a row, or taking some of its tokens, changes no draw.
     """
-    features = 1
-    for size in shape[2:]:
-        features *= size
-    token = jax.lax.broadcasted_iota(jnp.uint32, (shape[1], features), 0)
-    feature = jax.lax.broadcasted_iota(jnp.uint32, (shape[1], features), 1)
-    counter = (token * jnp.uint32(features) + feature).reshape(1, *shape[1:])
-    bits = mix(counter * jnp.uint32(0x9E3779B9) ^ row_seeds.reshape(-1, *([1] * (len(shape) - 1))))
+    features = math.prod(shape[2:])
+    if tokens is None:
+        tokens = jnp.arange(shape[1], dtype=jnp.uint32)[None]
+    feature = jnp.arange(features, dtype=jnp.uint32).reshape(1, 1, *shape[2:])
+    wide = (1,) * (len(shape) - 2)
+    counter = tokens.astype(jnp.uint32).reshape(*tokens.shape, *wide) * jnp.uint32(features) + feature
+    bits = mix(counter * jnp.uint32(0x9E3779B9) ^ row_seeds.reshape(-1, 1, *wide))
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 

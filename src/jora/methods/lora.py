@@ -43,7 +43,7 @@ class LoRAProjection:
     def apply(self, x: Array, dense: Dense, site: Site, rows: Rows) -> Array:
         y = dense(x)
         if self.dropout and rows.dropout is not None:
-            keep = keep_mask(site.salt(rows.dropout), x.shape, self.dropout)
+            keep = keep_mask(site.salt(rows.dropout), x.shape, self.dropout, rows.tokens)
             x = jnp.where(keep, x, 0) / jnp.asarray(1 - self.dropout, x.dtype)
         # The scale goes onto the small factor; the product of an unadapted layer is exactly zero.
         return y + low_rank(x, self.a, self.b * self.scale, dense.layout)

@@ -24,6 +24,7 @@ class Rows(NamedTuple):
     """What a method may depend on besides the activations."""
 
     dropout: UInt32[Array, " b"] | None = None  # a seed per row of the batch; None: no dropout (evaluation)
+    tokens: Int[Array, "b s"] | None = None  # which tokens of the row these are; None: all, in order
 
 
 class Site(NamedTuple):

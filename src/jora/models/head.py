@@ -95,6 +95,8 @@ def answer_loss(
 
 def _nll(hidden: Array, head: Head, answers: Answers, rows: Rows, static: Static) -> tuple[Array, Array]:
     config, layout = static
+    # What dropout draws belongs to a token, however the answers are cut into chunks.
+    rows = rows._replace(tokens=answers.positions)
     scores = _padded_logits(head, hidden, config, layout, rows)
     words = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
     # A sum over a one-hot, not a gather: a gather along the sharded vocabulary would collect the logits.
