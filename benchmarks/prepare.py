@@ -30,7 +30,7 @@ def main() -> None:
     config, layout = read_config(request["model"]), single_device()
     model = Model(abstract_params(config, layout, jnp.float32), config, layout, {}, request["model"], {})
     adapter = LoRA(rank=request["rank"], alpha=2 * request["rank"]).init(model, jax.random.key(0))
-    save_adapter(adapter, directory / "adapter", model)
+    save_adapter(adapter, directory / "adapter")
     length, answers = request["length"], request["answers"]
     flops = step_flops(config, length, answers, request["rank"])
     if request["random_tokens"]:

@@ -89,4 +89,4 @@ def random_adapter(model: Model, seed: int = 0, **options: Any) -> Adapter:
         mask = mask * words if target == "lm_head" else mask
         trained[target] = {"a": a, "b": jnp.asarray(draw(b) * mask)}
     placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), trained, adapter.state.trained)
-    return Adapter(adapter.method, MethodState(placed, adapter.state.constant), adapter.base)
+    return Adapter(adapter.method, MethodState(placed, adapter.state.constant), adapter.config, adapter.base)

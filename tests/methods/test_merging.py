@@ -51,7 +51,7 @@ def test_merged_model_in_transformers(family: str, tmp_path: Path) -> None:
 def test_a_tied_table_changes_in_one_use_only(target: str, tmp_path: Path) -> None:
     model, ids = base("qwen25"), tokens()
     adapter = random_adapter(model, targets=[target], rank=2, alpha=3)
-    save_adapter(adapter, tmp_path / "adapter", model)
+    save_adapter(adapter, tmp_path / "adapter")
 
     class Heard:
         notes: list[str] = []  # noqa: RUF012
@@ -101,7 +101,7 @@ def test_the_sum_is_taken_in_fp32_and_rounded_once(tmp_path: Path) -> None:
 def test_a_sharded_model_merges_to_the_same_numbers(tmp_path: Path) -> None:
     single, sharded = base("llama3"), base("llama3", "fsdp=2,tensor=4")
     adapter = random_adapter(single, **RICH)
-    save_adapter(adapter, tmp_path / "adapter", single)
+    save_adapter(adapter, tmp_path / "adapter")
     merge(single, adapter).save(tmp_path / "one")
     merge(sharded, load_adapter(tmp_path / "adapter", sharded)).save(tmp_path / "eight")
     one, eight = (load_file(tmp_path / side / "model.safetensors") for side in ("one", "eight"))
@@ -118,3 +118,11 @@ def test_a_fresh_adapter_merges_to_the_base(tmp_path: Path) -> None:
     for name, value in source.items():
         np.testing.assert_array_equal(stored[name], value)
     assert jnp.asarray(stored["model.norm.weight"]).dtype == jnp.float32
+
+
+def test_an_adapter_of_another_model_is_refused() -> None:
+    adapter = random_adapter(base("llama2"), rank=2)
+    with pytest.raises(jora.InputError, match=r"made for a llama 2 x 32 .* this model is a qwen2"):
+        merge(base("qwen2"), adapter)
+    with pytest.raises(jora.InputError, match="made for a llama"):
+        base("qwen2")(tokens(), adapter)

@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_ours_in_peft(family: str, tmp_path: Path) -> None:
     model, ids = base(family), tokens()
     adapter = random_adapter(model, **RICH)
-    save_adapter(adapter, tmp_path / "adapter", model)
+    save_adapter(adapter, tmp_path / "adapter")
     peft = peft_loaded(family, tmp_path / "adapter")
     expected = logits(peft, ids)
     assert_close(model(ids, adapter), expected)
@@ -58,7 +58,7 @@ def test_variants_both_ways(variant: str, tmp_path: Path) -> None:
     loaded = load_adapter(tmp_path / "theirs", model)
     expected = logits(peft, ids)
     assert_close(model(ids, loaded), expected)
-    save_adapter(loaded, tmp_path / "ours", model)
+    save_adapter(loaded, tmp_path / "ours")
     assert_close(logits(peft_loaded(family, tmp_path / "ours"), ids), expected)
     # The same modules, names and true ranks as PEFT writes.
     theirs, ours = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
@@ -81,7 +81,7 @@ def test_variants_both_ways(variant: str, tmp_path: Path) -> None:
 def test_what_peft_cannot_say_is_written_as_names(options: dict[str, Any], tmp_path: Path) -> None:
     model, ids = base("llama3"), tokens()
     adapter = random_adapter(model, rank=2, **options)
-    save_adapter(adapter, tmp_path / "a", model)
+    save_adapter(adapter, tmp_path / "a")
     assert_close(model(ids, adapter), logits(peft_loaded("llama3", tmp_path / "a"), ids))
 
 
@@ -90,7 +90,7 @@ def test_files_hold_true_ranks_and_adapted_modules_only(tmp_path: Path) -> None:
     adapter = random_adapter(
         model, targets=["q_proj", "embed_tokens"], rank=2, rank_pattern={"layers.1.self_attn.q_proj": 7}
     )
-    save_adapter(adapter, tmp_path / "a", model)
+    save_adapter(adapter, tmp_path / "a")
     prefix = "base_model.model.model"
     assert {n: a.shape for n, a in load_file(tmp_path / "a" / "adapter_model.safetensors").items()} == {
         f"{prefix}.embed_tokens.lora_embedding_A": (2, 99),
@@ -107,7 +107,7 @@ def test_files_hold_true_ranks_and_adapted_modules_only(tmp_path: Path) -> None:
 def test_save_and_load_keep_options_and_state(tmp_path: Path) -> None:
     model = base("gemma3")
     adapter = random_adapter(model, **RICH)
-    save_adapter(adapter, tmp_path / "a", model)
+    save_adapter(adapter, tmp_path / "a")
     loaded = load_adapter(str(tmp_path / "a"), model)
     assert loaded.method.sites(model.config) == adapter.method.sites(model.config)
     assert loaded.method.dropout == adapter.method.dropout
@@ -121,13 +121,13 @@ def test_adapters_cross_meshes(tmp_path: Path) -> None:
     """An adapter of a sharded model is gathered into the same file, and loads with init's shardings."""
     single, sharded = base("llama3"), base("llama3", "fsdp=2,tensor=4")
     adapter = random_adapter(single, **RICH)
-    save_adapter(adapter, tmp_path / "single", single)
+    save_adapter(adapter, tmp_path / "single")
     loaded = load_adapter(tmp_path / "single", sharded)
     fresh = LoRA(**RICH).init(sharded, jax.random.key(0))
     for a, b in zip(jax.tree.leaves(loaded.state), jax.tree.leaves(fresh.state), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
     assert any(len(a.sharding.device_set) == 8 for a in jax.tree.leaves(loaded.state))
-    save_adapter(loaded, tmp_path / "sharded", sharded)
+    save_adapter(loaded, tmp_path / "sharded")
     name = "adapter_model.safetensors"
     assert (tmp_path / "single" / name).read_bytes() == (tmp_path / "sharded" / name).read_bytes()
 
@@ -265,7 +265,7 @@ def test_pickled_and_missing_files_are_refused(copied: Path, tmp_path: Path) -> 
 
 def test_another_base_is_warned_of(copied: Path, tmp_path: Path) -> None:
     model = base("llama3")
-    save_adapter(load_adapter(copied, model), tmp_path / "ours", model)
+    save_adapter(load_adapter(copied, model), tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_adapter(tmp_path / "ours", model)
@@ -284,6 +284,6 @@ def test_a_directory_of_other_files_is_not_replaced(copied: Path, tmp_path: Path
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     with pytest.raises(InputError, match="other files"):
-        save_adapter(adapter, tmp_path / "thesis", model)
+        save_adapter(adapter, tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
-    save_adapter(adapter, copied, model)  # an adapter's own directory is
+    save_adapter(adapter, copied)  # an adapter's own directory is

@@ -91,7 +91,7 @@ class Probe:
     through every layer."""
 
     def init(self, model: Any, key: Any) -> Adapter:
-        return Adapter(self, State({"vector": jnp.zeros(model.config.embed)}, {}))
+        return Adapter(self, State({"vector": jnp.zeros(model.config.embed)}, {}), model.config)
 
     def axes(self, config: Any) -> State:
         return State({"vector": (None,)}, {})

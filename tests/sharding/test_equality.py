@@ -108,7 +108,7 @@ def one_step(name: str, length: int, mesh: str | None, folder: Path) -> Result:
     family, overrides = MODELS[name]
     model = jora.load_model(tiny(family, **overrides)[1], dtype="float32", mesh=mesh)
     layout, config = model.layout, model.config
-    adapter = Adapter(METHOD, device_state(METHOD, config, layout, first_factors), model.identity)
+    adapter = Adapter(METHOD, device_state(METHOD, config, layout, first_factors), config, model.identity)
     optimizer = make_optimizer(OPTIONS, total_steps=10)
     abstract = abstract_adapter(METHOD, adapter.state, config, layout)
     state = first_train_state(adapter, abstract_train_state(abstract.trained, optimizer, layout), optimizer)
@@ -116,8 +116,8 @@ def one_step(name: str, length: int, mesh: str | None, folder: Path) -> Result:
     program = Program(config, layout, METHOD, optimizer, "selective")
     inputs = (state, adapter.state.constant, model.params, batches, np.uint32(7))
     state, metrics = train_step.lower(*inputs, program=program).compile(FAST)(*inputs)
-    trained = Adapter(METHOD, State(state.trained, adapter.state.constant), model.identity)
-    jora.save_adapter(trained, folder / "adapter", model)
+    trained = Adapter(METHOD, State(state.trained, adapter.state.constant), config, model.identity)
+    jora.save_adapter(trained, folder / "adapter")
     # AdamW's first mean of gradients is (1 - beta1) times the gradient.
     means = next(s.mu for s in jax.tree.leaves(state.optimizer, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
     return Result(

@@ -56,7 +56,7 @@ def test_thirty_steps_agree(tmp_path: Path) -> None:
         max_steps=STEPS, batch_size=4, max_length=24, learning_rate=RATE, warmup=0.1, weight_decay=0.01
     )
     adapter = LoRA(rank=4, alpha=8).init(model, jax.random.key(1))
-    save_adapter(adapter, tmp_path / "first", model)
+    save_adapter(adapter, tmp_path / "first")
     ours = train(model, adapter, data, out=tmp_path / "run", options=options)
 
     wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(reference), str(tmp_path / "first"), is_trainable=True)

@@ -216,8 +216,8 @@ def _losses(
         shuffle=False,
     )
     batches = Batches(turns, options)
-    program = Program(model.config, model.layout, None if adapter is None else adapter.method)
-    state = None if adapter is None else adapter.state
+    method, state = model.parts_of(adapter)
+    program = Program(model.config, model.layout, method)
     totals, counts = np.zeros(len(prepared)), np.zeros(len(prepared), int)
     reporter.start(len(turns), "evaluating the loss, examples")
     done = 0

@@ -171,8 +171,8 @@ def generate_tokens(
     end_ids = end_tokens(model) if ends is None else tuple(ends)
     rows = _rows(min(batch_size, len(prompts)), batch_size, model.layout.batch_shards)
     sampling = sampling_rows(rows, temperature, top_k, top_p, min_p)
-    program = Program(model.config, model.layout, None if adapter is None else adapter.method)
-    state = None if adapter is None else adapter.state
+    method, state = model.parts_of(adapter)
+    program = Program(model.config, model.layout, method)
     results: dict[int, list[int]] = {}
     reporter.start(len(prompts), "generating, prompts")
     started, made = time.perf_counter(), 0

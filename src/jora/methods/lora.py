@@ -113,7 +113,8 @@ class LoRA:
 
     def init(self, model: Any, key: Array) -> Adapter:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0 (embeddings: A = 0, B ~ N(0, 1)), as PEFT initialises."""
-        return Adapter(self, _draw(key, self, model.config, model.layout), dict(model.identity))
+        state = _draw(key, self, model.config, model.layout)
+        return Adapter(self, state, model.config, dict(model.identity))
 
     def axes(self, config: ModelConfig) -> State:
         sites = self.sites(config)

@@ -96,6 +96,7 @@ def merge(model: Model, adapter: Adapter) -> MergedModel:
     """The adapter folded into its base, ready for `.save(directory)`.
 
     LoRA on a tied embedding or lm_head changes one of the table's two uses, as in PEFT; the merged model
-    then has two tables.
+    then has two tables. Raises InputError where the adapter was made for another kind of model.
     """
+    model.parts_of(adapter)
     return MergedModel(model, adapter)

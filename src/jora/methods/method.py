@@ -42,8 +42,9 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A method with its state; `base` identifies the model it belongs to."""
+    """A method with its state, for models of one config; `base` identifies the one it was made for."""
 
     method: Any
     state: State
+    config: ModelConfig
     base: Mapping[str, str] = field(default_factory=dict)

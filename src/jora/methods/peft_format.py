@@ -28,7 +28,7 @@ from jora.models.source import read_json
 CONFIG, WEIGHTS, IDENTITY = "adapter_config.json", "adapter_model.safetensors", "jora.json"
 
 
-def save_adapter(adapter: Adapter, directory: str | os.PathLike[str], model: Model) -> None:
+def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     """Write a LoRA adapter as a directory that `peft.PeftModel.from_pretrained` loads.
 
     Tensors are fp32 and have their true ranks; they come to the host one at a time. An existing adapter
@@ -38,13 +38,13 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str], model: Mod
     target = Path(directory).expanduser()
     check_replaceable(target, CONFIG)
     entries = []
-    for site in factor_sites(adapter.method, model.config):
+    for site in factor_sites(adapter.method, adapter.config):
         for part in (0, 1):
             entries.append(Entry(site.names[part], site.shapes[part], _Blocks(adapter, site, part)))
     base = dict(adapter.base)
     with atomic_directory(target) as temporary:
         write_safetensors(temporary / WEIGHTS, entries, np.dtype(np.float32))
-        _write_json(temporary / CONFIG, to_peft(adapter.method, model.config, base.get("name", "")))
+        _write_json(temporary / CONFIG, to_peft(adapter.method, adapter.config, base.get("name", "")))
         _write_json(temporary / IDENTITY, {"version": jora.__version__, "base": base})
 
 
@@ -79,7 +79,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
     file = _AdapterFile(directory / WEIGHTS)
     file.check(factor_sites(method, model.config), model)
     state = device_state(method, model.config, model.layout, file.factors)
-    return Adapter(method, state, _base(directory, peft, model))
+    return Adapter(method, state, model.config, _base(directory, peft, model))
 
 
 def _locate(path: str | os.PathLike[str]) -> Path:

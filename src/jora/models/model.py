@@ -51,6 +51,15 @@ class Model:
     def dtype(self) -> Any:
         return self.params.embed.dtype
 
+    def parts_of(self, adapter: Any) -> tuple[Any, Any]:
+        """(method, state) of an adapter that fits this model, (None, None) of None; else InputError."""
+        if adapter is None:
+            return None, None
+        if adapter.config != self.config:
+            theirs, ours = (f"{c.family} {c.layers} x {c.embed}" for c in (adapter.config, self.config))
+            raise InputError(f"the adapter was made for a {theirs} (layers x width), this model is a {ours}")
+        return adapter.method, adapter.state
+
     def __call__(
         self,
         tokens: Int[Array, "b s"],
@@ -64,7 +73,7 @@ class Model:
         positions: for the rotary embedding, counted from 0 by default.
         """
         tokens = jnp.asarray(tokens, jnp.int32)
-        method, state = (None, None) if adapter is None else (adapter.method, adapter.state)
+        method, state = self.parts_of(adapter)
         return _logits(self.params, state, tokens, positions, segments, self.config, self.layout, method)
 
 

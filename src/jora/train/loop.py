@@ -288,7 +288,7 @@ class Run:
         if progress.best_step not in (None, progress.step):
             state = self.checkpoints.restore(progress.best_step, self.abstract)
         adapter = dataclasses.replace(self.adapter, state=State(state.trained, self.constant))
-        save_adapter(adapter, self.directory / "adapter", self.model)
+        save_adapter(adapter, self.directory / "adapter")
         self.reporter.note(f"adapter of step {int(state.step)} in {self.directory / 'adapter'}")
         return TrainResult(
             adapter, self.metrics.history, self.directory, progress.step, progress.best_step, progress.best_loss
