@@ -34,7 +34,7 @@ Remat = Literal["none", "selective", "full"]
 
 # "selective" keeps what feeds a matrix product's backward pass and recomputes only element-wise work and
 # attention scores. "full" keeps a layer's input alone. "none" leaves the choice to JAX.
-SAVED = ("q", "k", "v", "attention", "attention_out", "gate", "up", "mlp_out", "adapter")
+SAVED = ("q", "k", "v", "attention", "attention_out", "gate", "up", "mlp_out")
 
 
 class Context(NamedTuple):
