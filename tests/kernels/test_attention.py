@@ -123,7 +123,8 @@ def test_cached_attention_reads_only_what_each_row_holds(window):
     cache_k, cache_v = (np.where(garbage[..., None, None], 1e4, a).astype(np.float32) for a in (k, v))
     queries = held[:, None] + np.arange(2)
     new = np.stack([q[row, at] for row, at in enumerate(queries)])
-    found = cached_attention(*map(jnp.asarray, (new, cache_k, cache_v, queries)), spec)
+    reach = jnp.int32(slots if window is None else window)
+    found = cached_attention(*map(jnp.asarray, (new, cache_k, cache_v, queries)), reach, spec)
     whole = plain(*map(torch.tensor, (q, k, v)), visible_pairs(slots, None, window), spec).numpy()
     np.testing.assert_allclose(found, np.stack([whole[row, at] for row, at in enumerate(queries)]), atol=2e-6)
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from jora.errors import InputError
-from jora.models.config import Rope, plan_layers
+from jora.models.config import Rope
 from jora.models.families import config_from_hf
 from jora.models.tensors import parameter_count
 
@@ -264,21 +264,3 @@ def test_what_is_not_supported_is_refused_by_name(overrides, message):
 def test_what_gemma_3_does_not_support_is_refused_by_name(overrides, message):
     with pytest.raises(InputError, match=message):
         config_from_hf({**OLD["gemma3"], **overrides})
-
-
-@pytest.mark.parametrize(
-    ("kinds", "expected"),
-    [
-        ("f" * 32, [("f", 32)]),
-        ("sf" * 13, [("sf", 13)]),
-        (("sssssf" * 5)[:26], [("sssssf", 4), ("s", 2)]),
-        ("fffss", [("f", 3), ("s", 2)]),
-        ("s", [("s", 1)]),
-    ],
-)
-def test_layers_are_scanned_over_the_smallest_repeating_unit(kinds, expected):
-    names = {"f": "full", "s": "sliding"}
-    plan = plan_layers(tuple(names[kind] for kind in kinds))
-    assert [("".join(kind[0] for kind in s.unit), s.repeats) for s in plan] == expected
-    covered = [s.index(p, r) for s in plan for r in range(s.repeats) for p in range(len(s.unit))]
-    assert covered == list(range(len(kinds)))

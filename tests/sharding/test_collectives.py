@@ -22,7 +22,7 @@ from jora.inference.sampling import Sampling
 from jora.methods.lora import LoRA, site_shape
 from jora.methods.method import State
 from jora.models.cache import KV, KV_AXES, Cache
-from jora.models.config import LINEARS, ModelConfig, plan_layers
+from jora.models.config import LINEARS, ModelConfig
 from jora.models.families import config_from_hf
 from jora.sharding import Layout, parse_mesh
 from jora.train.estimation import abstract_programs, simulated_layout
@@ -165,15 +165,11 @@ def test_a_decode_step_leaves_the_cache_where_it_is(mesh: str) -> None:
     def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes, shape))
 
-    def stack(repeats: int) -> KV:
-        leaf = array((repeats, ROWS, slots, CONFIG.kv_heads, CONFIG.head_dim), jnp.float32, *KV_AXES)
-        return KV(leaf, leaf)
-
+    leaf = array((CONFIG.layers, ROWS, slots, CONFIG.kv_heads, CONFIG.head_dim), jnp.float32, *KV_AXES)
     numbers, flags, floats, seeds = (
         array((ROWS,), kind, "batch") for kind in (jnp.int32, jnp.bool_, jnp.float32, jnp.uint32)
     )
-    segments = tuple(tuple(stack(s.repeats) for _ in s.unit) for s in plan_layers(CONFIG.layer_kinds))
-    stream = Stream(Cache(segments, numbers), numbers, flags, numbers)
+    stream = Stream(Cache(KV(leaf, leaf), numbers), numbers, flags, numbers)
     sampling = Sampling(floats, numbers, floats, floats, seeds)
     state = State(programs.state.trained, programs.constant)
     text = (

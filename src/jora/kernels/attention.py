@@ -36,11 +36,15 @@ def cached_attention(
     k: Float[Array, "b t k h"],
     v: Float[Array, "b t k h"],
     queries: Int[Array, "b s"],
+    window: Int[Array, ""],
     spec: AttentionSpec,
 ) -> Float[Array, "b s k g h"]:
-    """Attention of new tokens at indices `queries` over a cache whose slot t holds token t of its row."""
+    """Attention of new tokens at indices `queries` over a cache whose slot t holds token t of its row.
+
+    window: the last keys that a query sees; data, so that layers of every kind share one program.
+    """
     keys = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-    return scores_to_output(q, k, v, visibility(queries, keys, spec), spec)
+    return scores_to_output(q, k, v, visibility(queries, keys, window), spec)
 
 
 def why_not_cudnn(dtype: Any, head_dim: int, spec: AttentionSpec, packed: bool) -> str | None:

@@ -42,15 +42,15 @@ def scores_to_output(
 def visibility(
     queries: Int[Array, "#b s"],
     keys: Int[Array, "#b t"],
-    spec: AttentionSpec,
+    window: int | Int[Array, ""] | None,
     query_segments: Int[Array, "b s"] | None = None,
     key_segments: Int[Array, "b t"] | None = None,
 ) -> Bool[Array, "#b s t"]:
     """Which key index each query index may see: causal, within the window, in the same segment."""
     distance = queries[:, :, None] - keys[:, None, :]
     visible = distance >= 0
-    if spec.window is not None:
-        visible &= distance < spec.window
+    if window is not None:
+        visible &= distance < window
     if query_segments is not None and key_segments is not None:
         visible &= query_segments[:, :, None] == key_segments[:, None, :]
     return visible
@@ -115,7 +115,7 @@ def _block(
             # The last block of a band may be padded beyond the sequence: those queries are cut off again.
             query_segments = jnp.take(segments, jnp.minimum(query_index[0], segments.shape[1] - 1), axis=1)
             key_segments = jax.lax.dynamic_slice_in_dim(segments, first, span, 1)
-        visible = visibility(query_index, key_index, spec, query_segments, key_segments)
+        visible = visibility(query_index, key_index, spec.window, query_segments, key_segments)
         return scores_to_output(q, keys, values, visible, spec)
 
     return run(q, k, v)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jora.models.config import ModelConfig, plan_layers
+from jora.models.config import ModelConfig
 from jora.sharding import Layout
 
 KV_AXES = (None, "batch", None, "kv_heads", None)
@@ -18,18 +18,18 @@ KV_AXES = (None, "batch", None, "kv_heads", None)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KV:
-    """Keys and values of one unit position of a scan, stacked over its R repeats."""
+    """Keys and values of all L layers."""
 
-    k: Float[Array, "R b t kv h"]
-    v: Float[Array, "R b t kv h"]
+    k: Float[Array, "L b t kv h"]
+    v: Float[Array, "L b t kv h"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """`lengths`: tokens that each row holds. The stacks travel in the scan's carry, so they are updated in place."""
+    """`lengths`: tokens that each row holds. `kv` travels in the scan's carry, so it is updated in place."""
 
-    segments: tuple[tuple[KV, ...], ...]
+    kv: KV
     lengths: Int[Array, " b"]
 
     def indices(self, count: int) -> Int[Array, "b s"]:
@@ -44,30 +44,26 @@ class Cache:
 def new_cache(config: ModelConfig, layout: Layout, rows: int, slots: int, dtype: Any) -> Cache:
     """An empty cache of `slots` tokens a row."""
 
-    def stack(repeats: int) -> KV:
-        shape = (repeats, rows, slots, config.kv_heads, config.head_dim)
-        sharding = layout.sharding(KV_AXES, shape)
-        return KV(jnp.zeros(shape, dtype, device=sharding), jnp.zeros(shape, dtype, device=sharding))
-
-    plan = plan_layers(config.layer_kinds)
-    segments = tuple(tuple(stack(segment.repeats) for _ in segment.unit) for segment in plan)
-    return Cache(segments, jnp.zeros(rows, jnp.int32))
+    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+    sharding = layout.sharding(KV_AXES, shape)
+    kv = KV(jnp.zeros(shape, dtype, device=sharding), jnp.zeros(shape, dtype, device=sharding))
+    return Cache(kv, jnp.zeros(rows, jnp.int32))
 
 
-def write(kv: KV, repeat: Int[Array, ""], indices: Int[Array, "b s"] | None, k: Array, v: Array) -> KV:
+def write(kv: KV, layer: Int[Array, ""], indices: Int[Array, "b s"] | None, k: Array, v: Array) -> KV:
     """Store new keys and values [b, s, kv, h] of one layer at their slots; slots past the end are dropped.
 
     indices None: the cache is empty, the tokens take the first s slots.
     """
     if indices is None:
-        start = (repeat, 0, 0, 0, 0)
+        start = (layer, 0, 0, 0, 0)
         return KV(
             jax.lax.dynamic_update_slice(kv.k, k[None], start),
             jax.lax.dynamic_update_slice(kv.v, v[None], start),
         )
 
     def store(stack: Array, at: Int[Array, " s"], new: Array) -> Array:
-        return stack.at[repeat, at].set(new, mode="drop")
+        return stack.at[layer, at].set(new, mode="drop")
 
     # Mapped over the rows, which the compiler then knows to be independent: none is gathered on a mesh.
     over_rows = jax.vmap(store, in_axes=(1, 0, 0), out_axes=1)

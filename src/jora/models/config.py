@@ -66,6 +66,11 @@ class ModelConfig:
     max_positions: int = 2048
 
     @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The layer kinds that occur, each once; the scan's kind numbers index it."""
+        return tuple(dict.fromkeys(self.layer_kinds))
+
+    @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
@@ -83,48 +88,3 @@ class ModelConfig:
         if self.qk_norm:
             names += ["q", "k"]
         return tuple(names)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of layers that one scan covers: `repeats` times the layer kinds of `unit`, from layer `start`."""
-
-    start: int
-    unit: tuple[LayerKind, ...]
-    repeats: int
-
-    @property
-    def layers(self) -> int:
-        return len(self.unit) * self.repeats
-
-    def index(self, position: int, repeat: int) -> int:
-        """The layer number at a unit position and repeat."""
-        return self.start + repeat * len(self.unit) + position
-
-
-LONGEST_UNIT = 8  # a longer repeating pattern would compile slower than separate runs
-
-
-def plan_layers(kinds: tuple[LayerKind, ...]) -> tuple[Segment, ...]:
-    """Cut the layers into scans over the smallest repeating unit, with shorter scans for what is left.
-
-    Llama: one scan of L x (full). Gemma 3 with 26 layers: 4 x (5 sliding, 1 full), then 2 x (sliding).
-    """
-    total = len(kinds)
-    for period in range(1, min(LONGEST_UNIT, total) + 1):
-        if all(kinds[i] == kinds[i - period] for i in range(period, total)) and total >= 2 * period:
-            repeats = total // period
-            head = Segment(0, kinds[:period], repeats)
-            return (head, *_runs(kinds, head.layers))
-    return _runs(kinds, 0)
-
-
-def _runs(kinds: tuple[LayerKind, ...], start: int) -> tuple[Segment, ...]:
-    segments: list[Segment] = []
-    for layer in range(start, len(kinds)):
-        last = segments[-1] if segments else None
-        if last and last.unit == (kinds[layer],):
-            segments[-1] = Segment(last.start, last.unit, last.repeats + 1)
-        else:
-            segments.append(Segment(layer, (kinds[layer],), 1))
-    return tuple(segments)

@@ -3,7 +3,8 @@
 Shape legend: b rows, s tokens, d model width, k KV heads, g query heads per KV head, h head width.
 
 What to notice:
-- Layers run under `lax.scan` over the family's repeating unit, so compile time does not grow with depth.
+- All layers run under one `lax.scan`, so compile time does not grow with depth. A layer's kind (window, rope)
+  is data: a `switch` around attention alone runs the kernel of its kind.
 - Every linear goes through `project`, the one place where a weight meets an adapter.
 - Between blocks the residual stream is sharded over the sequence (`seq_sharded`).
 - What the backward pass keeps is chosen by name (`SAVED`), never a copy of a weight.
@@ -11,12 +12,13 @@ What to notice:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -24,8 +26,8 @@ from jora.kernels.attention import cached_attention, self_attention
 from jora.kernels.spec import AttentionSpec
 from jora.models.adapted import Bound, Dense, Rows, Site, project
 from jora.models.cache import KV, Cache, write
-from jora.models.config import LayerKind, ModelConfig, Segment, plan_layers
-from jora.models.params import Layer, Params
+from jora.models.config import LayerKind, ModelConfig
+from jora.models.params import Layers, Params
 from jora.models.rope import Rotation, rotate, rotation
 from jora.models.tensors import linear_shape
 from jora.sharding import Layout
@@ -42,7 +44,7 @@ class Context(NamedTuple):
 
     config: ModelConfig
     layout: Layout
-    rotations: Mapping[LayerKind, Rotation]
+    rotations: tuple[Rotation, ...]  # of each layer kind
     segments: Int[Array, "b s"] | None
     rows: Rows
     indices: Int[Array, "b s"] | None  # slots of the new tokens in the cache; None: no cache, or an empty one
@@ -73,19 +75,13 @@ def forward(
     if positions is None:
         counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         positions = jnp.broadcast_to(counted if indices is None else indices, tokens.shape)
-    rotations: dict[LayerKind, Rotation] = {
-        "full": rotation(config.rope, config.head_dim, positions),
-        "sliding": rotation(config.rope_sliding, config.head_dim, positions),
-    }
+    ropes = {"full": config.rope, "sliding": config.rope_sliding}
+    rotations = tuple(rotation(ropes[kind], config.head_dim, positions) for kind in config.kinds)
     context = Context(config, layout, rotations, segments, rows, indices)
     x = layout.constrain(_embed(params, tokens, context, bound), "batch", "seq_sharded", None)
-    caches: list[Any] = []
-    for number, segment in enumerate(plan_layers(config.layer_kinds)):
-        kvs = None if cache is None else cache.segments[number]
-        x, kvs = _scan_segment(x, segment, params.segments[number], bound, kvs, context, remat)
-        caches.append(kvs)
+    x, kv = _scan_layers(x, params.layers, bound, None if cache is None else cache.kv, context, remat)
     x = rms_norm(x, params.final_norm, config)
-    return x, None if cache is None else Cache(tuple(caches), cache.lengths)
+    return x, None if cache is None or kv is None else Cache(kv, cache.lengths)
 
 
 def rms_norm(x: Float[Array, "*b w"], weight: Float[Array, " w"], config: ModelConfig) -> Float[Array, "*b w"]:
@@ -105,40 +101,21 @@ def _embed(params: Params, tokens: Array, context: Context, bound: Bound) -> Arr
     return vectors * jnp.asarray(context.config.embed_scale, vectors.dtype)
 
 
-def _scan_segment(
-    x: Array,
-    segment: Segment,
-    layers: tuple[Layer, ...],
-    bound: Bound,
-    kvs: tuple[KV, ...] | None,
-    context: Context,
-    remat: Remat,
-) -> tuple[Array, tuple[KV, ...] | None]:
-    """Run the layers of one scan. The cache travels in the carry: as xs -> ys it would exist twice."""
-    adapters = [_adapters_of(bound, segment, position) for position in range(len(segment.unit))]
-    blocks = [_remat(partial(_block, kind=kind, context=context), remat) for kind in segment.unit]
+def _scan_layers(
+    x: Array, layers: Layers, bound: Bound, kv: KV | None, context: Context, remat: Remat
+) -> tuple[Array, KV | None]:
+    """Run all layers. The cache travels in the carry: as xs -> ys it would exist twice."""
+    config = context.config
+    block = _remat(partial(_block, context=context), remat)
 
-    def step(carry: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], None]:
-        x, kvs = carry
-        repeat, unit, unit_adapters = xs
-        updated = []
-        for position, block in enumerate(blocks):
-            number = segment.start + repeat * len(blocks) + position
-            kv = None if kvs is None else kvs[position]
-            x, kv = block(x, unit[position], unit_adapters[position], number, repeat, kv)
-            updated.append(kv)
-        return (x, None if kvs is None else tuple(updated)), None
+    def step(carry: tuple[Array, KV | None], xs: Any) -> tuple[tuple[Array, KV | None], None]:
+        x, kv = carry
+        return block(x, *xs, kv), None
 
-    repeats = jnp.arange(segment.repeats, dtype=jnp.int32)
-    (x, kvs), _ = jax.lax.scan(step, (x, kvs), (repeats, layers, adapters))
-    return x, kvs
-
-
-def _adapters_of(bound: Bound, segment: Segment, position: int) -> dict[str, Any]:
-    """The projections of one unit position, stacked over the scan's repeats."""
-    step = len(segment.unit)
-    first, last = segment.start + position, segment.start + segment.layers
-    return {target: jax.tree.map(lambda leaf: leaf[first:last:step], p) for target, p in bound.layers.items()}
+    numbers = jnp.arange(config.layers, dtype=jnp.int32)
+    kinds = jnp.array([config.kinds.index(kind) for kind in config.layer_kinds], jnp.int32)
+    (x, kv), _ = jax.lax.scan(step, (x, kv), (layers, bound.layers, numbers, kinds))
+    return x, kv
 
 
 def _remat(block: Any, remat: Remat) -> Any:
@@ -151,13 +128,12 @@ def _remat(block: Any, remat: Remat) -> Any:
 
 def _block(
     x: Float[Array, "b s d"],
-    layer: Layer,
+    layer: Layers,
     adapters: Mapping[str, Any],
     number: Int[Array, ""],
-    repeat: Int[Array, ""],
+    kind: Int[Array, ""],
     kv: KV | None,
     *,
-    kind: LayerKind,
     context: Context,
 ) -> tuple[Float[Array, "b s d"], KV | None]:
     """One transformer layer: attention and MLP, each with its norms and residual."""
@@ -177,7 +153,7 @@ def _block(
 
     # A block works on whole sequences: gather the residual's sequence shards once, after the norm.
     h = constrain(norm("input", x), "batch", None, None)
-    attended, kv = _attention(h, linear, layer, kind, repeat, kv, context)
+    attended, kv = _attention(h, linear, layer, number, kind, kv, context)
     x = x + norm("post_attention", checkpoint_name(linear("o_proj", attended), "attention_out"))
     h = constrain(norm("mlp", x), "batch", None, None)
     gate = checkpoint_name(linear("gate_proj", h), "gate")
@@ -192,42 +168,56 @@ _TO_RESIDUAL = ("o_proj", "down_proj")
 def _attention(
     h: Array,
     linear: Callable[[str, Array], Array],
-    layer: Layer,
-    kind: LayerKind,
-    repeat: Array,
+    layer: Layers,
+    number: Array,
+    kind: Array,
     kv: KV | None,
     context: Context,
 ) -> tuple[Array, KV | None]:
     """Projections, norms of q and k, rotation and attention: [b, s, d] -> [b, s, k, g, h]."""
     config, layout = context.config, context.layout
     q, k, v = (checkpoint_name(linear(f"{name}_proj", h), name) for name in "qkv")
-    spec = AttentionSpec(
-        scale=config.attention_scale,
-        window=config.window if kind == "sliding" else None,
-        cap=config.attention_cap,
-    )
-    turn = context.rotations[kind]
+    turn = _of_kind(kind, context.rotations)
+    norms = (layer.norms.get("q"), layer.norms.get("k"))
 
     def prepare(x: Array, cos: Array, sin: Array, weight: Array | None) -> Array:
         x = x if weight is None else rms_norm(x, weight, config)
         return rotate(x, Rotation(cos, sin))
 
-    def attend(q: Array, k: Array, v: Array, cos: Array, sin: Array, q_norm: Any, k_norm: Any, segments: Any) -> Array:
-        return self_attention(prepare(q, cos, sin, q_norm), prepare(k, cos, sin, k_norm), v, segments, spec)
+    def attend(q: Array, k: Array, v: Array, cos: Array, sin: Array, q_norm: Any, k_norm: Any, *rest: Any) -> Array:
+        return attend_prepared(prepare(q, cos, sin, q_norm), prepare(k, cos, sin, k_norm), v, *rest)
 
-    norms = (layer.norms.get("q"), layer.norms.get("k"))
+    def attend_prepared(q: Array, k: Array, v: Array, kind: Array, segments: Any) -> Array:
+        kernels = [partial(self_attention, segments=segments, spec=_spec(config, each)) for each in config.kinds]
+        return jax.lax.switch(kind, kernels, q, k, v) if len(kernels) > 1 else kernels[0](q, k, v)
+
     if kv is None:
-        arrays = (q, k, v, turn.cos, turn.sin, *norms, context.segments)
-        axes = (_Q, _KV, _KV, _ANGLES, _ANGLES, (None,), (None,), ("batch", None))
+        arrays = (q, k, v, turn.cos, turn.sin, *norms, kind, context.segments)
+        axes = (_Q, _KV, _KV, _ANGLES, _ANGLES, (None,), (None,), (), ("batch", None))
         out = layout.local(attend, arrays, axes, _Q)
     else:
-        q, k = prepare(q, *turn, norms[0]), prepare(k, *turn, norms[1])
-        kv = write(kv, repeat, context.indices, k, v)
+        q, k = prepare(q, turn.cos, turn.sin, norms[0]), prepare(k, turn.cos, turn.sin, norms[1])
+        kv = write(kv, number, context.indices, k, v)
         if context.indices is None:  # prefill: nothing but these tokens is in the cache
-            out = layout.local(lambda q, k, v: self_attention(q, k, v, None, spec), (q, k, v), (_Q, _KV, _KV), _Q)
+            out = layout.local(attend_prepared, (q, k, v, kind, None), (_Q, _KV, _KV, (), None), _Q)
         else:
-            out = cached_attention(q, kv.k[repeat], kv.v[repeat], context.indices, spec)
+            windows = tuple(jnp.int32(_spec(config, each).window or NO_WINDOW) for each in config.kinds)
+            window = _of_kind(kind, windows)
+            out = cached_attention(q, kv.k[number], kv.v[number], context.indices, window, _spec(config, "full"))
     return checkpoint_name(out, "attention"), kv
+
+
+NO_WINDOW = np.iinfo(np.int32).max
+
+
+def _spec(config: ModelConfig, kind: LayerKind) -> AttentionSpec:
+    window = config.window if kind == "sliding" else None
+    return AttentionSpec(scale=config.attention_scale, window=window, cap=config.attention_cap)
+
+
+def _of_kind(kind: Array, values: Sequence[Any]) -> Any:
+    """The value of a layer's kind, where kinds are data."""
+    return values[0] if len(values) == 1 else jax.tree.map(lambda *leaves: jax.lax.select_n(kind, *leaves), *values)
 
 
 # Logical axes of activations around attention: heads are independent, so all of it is local to a device.
@@ -242,7 +232,7 @@ def _activate(x: Array, config: ModelConfig) -> Array:
     return jax.nn.gelu(x, approximate=config.activation == "gelu_tanh")
 
 
-def dense_of(layer: Layer, target: str, context: Context) -> Dense:
+def dense_of(layer: Layers, target: str, context: Context) -> Dense:
     """The frozen projection of one site inside the scan."""
     shape = linear_shape(context.config, target)
     return Dense(

@@ -1,6 +1,6 @@
 """Parameters of the base model as plain pytrees, stacked the way the decoder scans them.
 
-Shape legend: R repeats of a scan; i.../o... input and output dimensions of a linear; v vocabulary
+Shape legend: L layers; i.../o... input and output dimensions of a linear; v vocabulary
 (padded up so that every mesh axis divides it), d model width.
 """
 
@@ -13,28 +13,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jora.models.config import ModelConfig, plan_layers
+from jora.models.config import ModelConfig
 from jora.models.tensors import TensorSpec, bias_specs, norm_specs, top_specs, weight_specs
 from jora.sharding import Layout
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Layer:
-    """One position of a scan's repeating unit; leaves are stacked over the R repeats."""
+class Layers:
+    """All layers, stacked: a scan hands the decoder one slice of every leaf."""
 
-    norms: dict[str, Float[Array, "R w"]]
-    weights: dict[str, Float[Array, "R ..."]]  # target -> [R, *in, *out]
-    biases: dict[str, Float[Array, "R ..."]]  # target -> [R, *out]
+    norms: dict[str, Float[Array, "L w"]]
+    weights: dict[str, Float[Array, "L ..."]]  # target -> [L, *in, *out]
+    biases: dict[str, Float[Array, "L ..."]]  # target -> [L, *out]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Params:
-    """All weights. `segments[s][u]` is unit position u of scan s (see `config.plan_layers`)."""
+    """All weights."""
 
     embed: Float[Array, "v d"]
-    segments: tuple[tuple[Layer, ...], ...]
+    layers: Layers
     final_norm: Float[Array, " d"]
     head: Float[Array, "v d"] | None  # None: tied to `embed`
 
@@ -42,28 +42,22 @@ class Params:
 def map_params(config: ModelConfig, top: Any, stack: Any) -> Params:
     """Build a Params by calling `top(spec, shape)` and `stack(specs, shape)` for each leaf.
 
-    `specs` are the tensor specs of the layers that a stack holds, in order; `shape` is the array's
+    `specs` are the tensor specs of one stack, layer by layer; `shape` is the array's
     shape on the devices. Used for loading, for abstract shapes and for shardings, so they cannot differ.
     """
 
     def table(spec: TensorSpec) -> Any:
         return top(spec, (config.padded_vocab, *spec.shape[1:]) if spec.axes[0] == "vocab" else spec.shape)
 
-    def leaves(family: Any, numbers: list[int]) -> dict[str, Any]:
-        per_layer = [family(config, n) for n in numbers]
+    def leaves(family: Any) -> dict[str, Any]:
+        per_layer = [family(config, number) for number in range(config.layers)]
         stacks = {key: [specs[key] for specs in per_layer] for key in per_layer[0]}
         return {key: stack(specs, (len(specs), *specs[0].shape)) for key, specs in stacks.items()}
 
-    segments = []
-    for segment in plan_layers(config.layer_kinds):
-        unit = []
-        for position in range(len(segment.unit)):
-            numbers = [segment.index(position, r) for r in range(segment.repeats)]
-            unit.append(Layer(leaves(norm_specs, numbers), leaves(weight_specs, numbers), leaves(bias_specs, numbers)))
-        segments.append(tuple(unit))
+    layers = Layers(leaves(norm_specs), leaves(weight_specs), leaves(bias_specs))
     specs = top_specs(config)
     head = table(specs["head"]) if "head" in specs else None
-    return Params(table(specs["embed"]), tuple(segments), top(specs["final_norm"], (config.embed,)), head)
+    return Params(table(specs["embed"]), layers, top(specs["final_norm"], (config.embed,)), head)
 
 
 def abstract_params(config: ModelConfig, layout: Layout, dtype: Any = jnp.float32) -> Params:

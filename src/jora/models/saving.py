@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from jora.errors import InputError
 from jora.files import atomic_directory
-from jora.models.config import ModelConfig, plan_layers
+from jora.models.config import ModelConfig
 from jora.models.model import Model
 from jora.models.params import Params
 from jora.models.safetensors_file import MAX_SHARD_BYTES, Entry, write_sharded
@@ -46,14 +46,14 @@ _COMPANIONS = (
 
 
 class DeviceTensor(NamedTuple):
-    """A checkpoint tensor on the devices: `array`, or row `repeat` of a stack of layers.
+    """A checkpoint tensor on the devices: `array`, or one layer of a stack.
 
     site: (adapter target, layer number) of a weight that an adapter may change; None for norms and biases.
     """
 
     spec: TensorSpec
     array: Array
-    repeat: int | None = None
+    layer: int | None = None
     site: tuple[str, int | None] | None = None
 
     @property
@@ -66,7 +66,7 @@ class DeviceTensor(NamedTuple):
         bounds = [(0, size) for size in self.spec.shape]
         cut = len(bounds) - self.spec.outputs if self.spec.outputs else 0
         bounds[cut] = (start, stop)
-        box = read_box(self.array, self.repeat, bounds)
+        box = read_box(self.array, self.layer, bounds)
         if self.spec.outputs:
             return box.reshape(math.prod(box.shape[:cut]), -1).T
         return box.reshape(-1) if self.spec.name.endswith(".bias") else box
@@ -85,25 +85,22 @@ def device_tensors(params: Params, config: ModelConfig) -> Iterator[DeviceTensor
     """Every tensor of the checkpoint, in the model's order; a tied head is the embedding and not given again."""
     tops = top_specs(config)
     yield DeviceTensor(tops["embed"], params.embed, site=("embed_tokens", None))
-    for segment, unit in zip(plan_layers(config.layer_kinds), params.segments, strict=True):
-        for repeat in range(segment.repeats):
-            for position, layer in enumerate(unit):
-                number = segment.index(position, repeat)
-                for name, spec in norm_specs(config, number).items():
-                    yield DeviceTensor(spec, layer.norms[name], repeat)
-                for name, spec in weight_specs(config, number).items():
-                    yield DeviceTensor(spec, layer.weights[name], repeat, (name, number))
-                for name, spec in bias_specs(config, number).items():
-                    yield DeviceTensor(spec, layer.biases[name], repeat)
+    for number in range(config.layers):
+        for name, spec in norm_specs(config, number).items():
+            yield DeviceTensor(spec, params.layers.norms[name], number)
+        for name, spec in weight_specs(config, number).items():
+            yield DeviceTensor(spec, params.layers.weights[name], number, (name, number))
+        for name, spec in bias_specs(config, number).items():
+            yield DeviceTensor(spec, params.layers.biases[name], number)
     yield DeviceTensor(tops["final_norm"], params.final_norm)
     if params.head is not None:
         yield DeviceTensor(tops["head"], params.head, site=("lm_head", None))
 
 
-def read_box(array: Array, repeat: int | None, bounds: list[tuple[int, int]]) -> np.ndarray:
-    """A box of an array (of row `repeat` of a stack), taken from whichever devices hold it."""
+def read_box(array: Array, layer: int | None, bounds: list[tuple[int, int]]) -> np.ndarray:
+    """A box of an array (of one layer of a stack), taken from whichever devices hold it."""
     out = np.empty([stop - start for start, stop in bounds], array.dtype)
-    lead = () if repeat is None else (repeat,)
+    lead = () if layer is None else (layer,)
     seen = set()
     for shard in array.addressable_shards:
         held = [s.indices(size)[:2] for s, size in zip(shard.index, array.shape, strict=True)][len(lead) :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,9 +54,10 @@ def start_devices(spec: MeshSpec) -> str | None:
 
     if spec.devices == 1:
         return None
-    # The number of CPU devices can only be set before the backend starts.
-    if not jax._src.xla_bridge.backends_are_initialized():
-        jax.config.update("jax_num_cpu_devices", max(spec.devices, jax.config.values["jax_num_cpu_devices"] or 1))
+    if jax.config.values["jax_num_cpu_devices"] < spec.devices:
+        # jax refuses this once a backend runs; `build_layout` then says which devices are missing.
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", spec.devices)
     if jax.default_backend() == "cpu" and jax.device_count() >= spec.devices:
         return f"mesh {spec}: {spec.devices} devices simulated on this CPU"
     return None

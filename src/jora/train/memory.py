@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +51,16 @@ def free_bytes(layout: Layout) -> int:
     if all(s and "bytes_limit" in s for s in stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats if s)
     return psutil.virtual_memory().available // len(devices)
+
+
+def return_freed_memory() -> None:
+    """Give back what the C library holds of freed memory: after a compilation that is hundreds of MiB.
+
+    On a CPU the weights and activations live in that memory too. Only glibc keeps and can return it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes(layout: Layout) -> int:

@@ -16,6 +16,7 @@ from jora.data.batches import Shape
 from jora.models.model import Model
 from jora.reporting import Reporter
 from jora.train.feed import abstract_batches
+from jora.train.memory import return_freed_memory
 from jora.train.options import TrainOptions
 from jora.train.step import Program, TrainState, eval_step, train_step
 
@@ -55,9 +56,9 @@ class Programs:
 
     def _compile(self, lowered: Any, program: Program) -> Any:
         on_gpu = program.layout.mesh.devices.flat[0].platform == "gpu"
-        if self.options.deterministic and on_gpu:
-            return lowered.compile(compiler_options=DETERMINISTIC)
-        return lowered.compile()
+        compiled = lowered.compile(compiler_options=DETERMINISTIC if self.options.deterministic and on_gpu else None)
+        return_freed_memory()
+        return compiled
 
     def compile_all(self, train: Sequence[Shape], evaluate: Sequence[Shape], reporter: Reporter) -> None:
         """Compile every shape, the largest first: what does not fit fails before any work is done."""
