@@ -78,7 +78,7 @@ def run_jora(task: Task, channel: Channel, remat: str) -> None:
     import jax
 
     from jora.data.batches import Batches, Tokenised
-    from jora.methods.peft_format import load_adapter
+    from jora.methods.storage import load_adapter
     from jora.models.model import load_model
     from jora.train.feed import Schedule, batch_options, to_devices
     from jora.train.memory import ProgramMemory, free_bytes

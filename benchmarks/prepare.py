@@ -19,7 +19,7 @@ def main() -> None:
     import jax.numpy as jnp
 
     from jora.methods.lora import LoRA
-    from jora.methods.peft_format import save_adapter
+    from jora.methods.storage import save_adapter
     from jora.models.model import Model
     from jora.models.params import abstract_params
     from jora.sharding import single_device

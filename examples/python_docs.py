@@ -122,7 +122,7 @@ def _same_settings(out: Path, model: jora.Model, options: train_command.Options,
         del training[name]
     now = {
         "base": model.identity["fingerprint"],
-        "lora": dataclasses.asdict(options.lora),
+        "method": {"name": options.method, **dataclasses.asdict(options.method_options)},
         "training": training,
         "data": manifest["inputs"] | manifest["options"],
         "questions": [manifest[part]["examples"] for part in ("train", "eval")],
@@ -142,7 +142,7 @@ def _train(
     begun = (directory / "config.yaml").exists()
     training = dataclasses.replace(options.training, seed=seed, resume=begun)
     jora.train(
-        model, options.lora.method(), out / "data" / "train.jsonl", out=directory, options=training, reporter=reporter
+        model, options.build_method(), out / "data" / "train.jsonl", out=directory, options=training, reporter=reporter
     )
 
 

@@ -58,8 +58,8 @@ def test_the_links_lead_somewhere(page):
 def test_the_longer_run_is_what_its_page_says():
     data = read_options(raft_build_command.Options, ["--config", str(ROOT / "examples/python_docs_raft.yaml")], "x")
     run = read_options(train_command.Options, ["--config", str(ROOT / "examples/python_docs.yaml")], "x")
-    assert (run.training.epochs, run.training.max_length, run.lora.rank) == (3, 2048, 16)
-    assert run.lora.targets == ("all-linear",) and run.eval_data is None
+    assert (run.training.epochs, run.training.max_length, run.method_options.rank) == (3, 2048, 16)
+    assert run.method_options.targets == "all-linear" and run.eval_data is None
     # every document fits whole, so that the stated share of distractors is random
     assert data.raft.contexts * data.raft.chunk_tokens <= (data.raft.max_context_tokens or 0) < 2048
 

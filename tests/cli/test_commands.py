@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tests.bytewise import bytewise_llama
 
 from jora.cli.main import run
 from jora.cli.options import read_options
@@ -22,29 +21,7 @@ FACTS = {"apple": "red", "lemon": "yellow", "plum": "blue", "leaf": "green", "co
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     """A random two-layer Llama that reads bytes."""
-    directory = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytewise = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    return str(directory)
+    return bytewise_llama(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +70,7 @@ def test_the_config_of_a_run_is_a_config_file(trained):
     from jora.cli.train_command import Options
 
     options = read_options(Options, ["--config", str(trained / "config.yaml")], "jora train")
-    assert (options.training.learning_rate, options.training.max_steps, options.lora.rank) == (5e-3, 2, 4)
+    assert (options.training.learning_rate, options.training.max_steps, options.method_options.rank) == (5e-3, 2, 4)
     assert options.out == str(trained)
     assert set(yaml.safe_load((trained / "config.yaml").read_text())) > {"model", "data", "rank", "targets"}
 

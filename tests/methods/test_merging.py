@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import jora
 from jora import load_model
 from jora.methods.merging import merge
-from jora.methods.peft_format import load_adapter, save_adapter
+from jora.methods.storage import load_adapter, save_adapter
 
 TIED = {"llama31", "qwen25", "gemma", "gemma2", "gemma3"}
 

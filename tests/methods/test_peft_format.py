@@ -18,7 +18,7 @@ from tests.methods.peft_oracle import LINEARS, RICH, base, peft_loaded, peft_mad
 from tests.tiny import FAMILIES, assert_close, logits, tiny, tokens
 
 from jora import InputError, LoRA
-from jora.methods.peft_format import load_adapter, save_adapter
+from jora.methods.storage import load_adapter, save_adapter
 
 # What one family shows for all.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -178,11 +178,8 @@ A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("option", "value"),
     [
         ("peft_type", "LOHA"),
-        ("use_dora", True),
         ("lora_bias", True),
         ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("megatron_config", {"a": 1}),
         ("alora_invocation_tokens", [5]),

@@ -52,18 +52,20 @@ from jora import LoRA, load_model, merge
 from jora.models.convert import convert
 small, large = map(Path, sys.argv[1:])
 
-def load(folder):
-    return load_model(folder / "hf")
+def load(folder, **options):
+    return load_model(folder / "hf", **options)
 def write(model, folder):
     merge(model, LoRA(rank=4).init(model, jax.random.key(0))).save(folder / "merged")
 def change(folder):
     convert(folder / "model.gguf", folder / "converted")
 
-write(load(small), small); change(small)
-with Watch() as watch:
-    model = load(large)
-copies = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-print("load", watch.over - copies)
+write(load(small), small); change(small); load(small, quant="nf4")
+for name, options in (("quantise", {"quant": "nf4"}), ("load", {})):
+    with Watch() as watch:
+        model = load(large, **options)
+    print(name, watch.over - sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)))
+    if options:
+        del model
 with Watch() as watch:
     write(model, large)
 print("merge", watch.over)
@@ -104,5 +106,5 @@ def test_host_memory_stays_near_one_layer(tmp_path: Path) -> None:
     )
     assert child.returncode == 0, child.stderr
     over = {name: int(number) / unit for name, number in (line.split() for line in child.stdout.splitlines())}
-    assert over.keys() == {"load", "merge", "convert"}
+    assert over.keys() == {"quantise", "load", "merge", "convert"}
     assert max(over.values()) < 1.5, f"memory over the device copies, in largest tensors of {unit >> 20} MiB: {over}"

@@ -21,7 +21,7 @@ from jora.cli import train_command
 from jora.cli.options import read_options
 from jora.errors import InputError
 from jora.methods.method import Adapter
-from jora.methods.peft_format import load_adapter
+from jora.methods.storage import load_adapter
 from jora.models.model import Model, load_model
 from jora.train import train
 from jora.train.checkpoints import Checkpoints

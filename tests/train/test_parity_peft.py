@@ -15,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from jora.data.batches import Tokenised
 from jora.methods.lora import LoRA
-from jora.methods.peft_format import save_adapter
+from jora.methods.storage import save_adapter
 from jora.models.model import load_model
 from jora.train import TrainOptions, train
 

@@ -11,6 +11,7 @@ from jora.reporting import Reporter
 if TYPE_CHECKING:
     from jora.methods.method import Adapter
     from jora.models.model import Model
+    from jora.quant import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class ModelOptions(CommandOptions):
     """A Hugging Face model directory, a hub id, or a .gguf file."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights; auto is bfloat16 on an accelerator and float32 on a CPU."""
+    quant: Literal["none", "int8", "nf4"] = "none"
+    """Keep the linear layers' weights in 8 or 4 bits; a model that is stored so is loaded as it is."""
     mesh: str | None = None
     """Devices to share the work, like fsdp=2,tensor=4; a CPU simulates them."""
 
@@ -38,7 +41,13 @@ def open_model(options: ModelOptions, reporter: Reporter) -> Model:
     start_devices(options.mesh, reporter)
     import jora
 
-    return jora.load_model(options.model, dtype=options.dtype, mesh=options.mesh, reporter=reporter)
+    kind = quant_kind(options)
+    return jora.load_model(options.model, dtype=options.dtype, mesh=options.mesh, quant=kind, reporter=reporter)
+
+
+def quant_kind(options: ModelOptions) -> Kind | None:
+    """How the base's linear layers are to be quantised, as the Python API names it."""
+    return None if options.quant == "none" else options.quant
 
 
 def open_adapter(directory: str | None, model: Model) -> Adapter | None:

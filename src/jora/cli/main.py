@@ -16,10 +16,12 @@ from jora.errors import InputError
 COMMANDS = {
     "raft build": "documents + questions -> train.jsonl, eval.jsonl and a manifest",
     "train": "fine-tune an adapter: data -> run directory with adapter/, checkpoints/, metrics.jsonl",
+    "train-many": "many adapters of one base in one batch: jobs.yaml -> a run directory for each",
     "eval": "loss, exact match, F1, share of quotes found in the context; a row per example",
     "generate": "answer one prompt or a file of prompts",
     "merge": "base + adapter -> Hugging Face directory",
     "convert": ".gguf -> Hugging Face directory",
+    "compare": "several methods on the same data, budget and seeds: a table and plots",
     "estimate": "memory per device and time per step, before anything is loaded",
     "env": "devices, versions, which kernel is chosen for what and why",
     "demo": "the main job end to end on real input",
@@ -71,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
         print(f"jora {__version__}")
         return
     name, rest = _split_command(argv)
-    module = importlib.import_module(f"jora.cli.{name.replace(' ', '_')}_command")
+    module = importlib.import_module(f"jora.cli.{name.replace(' ', '_').replace('-', '_')}_command")
     options = read_options(module.Options, rest, f"jora {name}")
     from jora.ui.progress import reporter_for
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import json
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import tyro
 import yaml
@@ -25,18 +26,46 @@ class CommandOptions:
     config: str | None = None
     """A YAML file with options by name; what stands on the command line wins."""
 
+    @classmethod
+    def completed(cls, value_of: Callable[[str], str | None]) -> type[Self]:
+        """The class to be read, where a first look at what was given (`value_of` an option) decides about options."""
+        return cls
+
+    @classmethod
+    def explain(cls, name: str) -> str | None:
+        """Why there is no option of this name, where that is known."""
+        return None
+
 
 OptionsT = TypeVar("OptionsT", bound=CommandOptions)
+
+
+def _json(kind: type, metavar: str) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    def read(words: list[str]) -> Any:
+        value: Any = json.loads(words[0])  # its error is a ValueError, as tyro wants it
+        if not isinstance(value, kind):
+            raise ValueError(f"{words[0]!r} is not a JSON {metavar}")
+        return tuple(value) if isinstance(value, list) else value
+
+    # No default is shown in this form: there is always a plainer one.
+    return tyro.constructors.PrimitiveConstructorSpec(1, metavar, read, lambda value: False, lambda value: [str(value)])
+
+
+# For values that words cannot tell: a list of one beside the one itself, and lists by name.
+JSON_LIST, JSON_OBJECT = _json(list, "LIST"), _json(dict, "OBJECT")
 
 
 class _Option(typing.NamedTuple):
     is_bool: bool
     required: bool
+    positional: bool
+    json: bool  # a list or an object may stand as JSON
 
 
 def _options_of(cls: type) -> dict[str, _Option]:
     """Field name -> what it takes; nested dataclasses are flattened, as `OmitArgPrefixes` does for tyro."""
     hints = typing.get_type_hints(cls)
+    marked = typing.get_type_hints(cls, include_extras=True)
     found: dict[str, _Option] = {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
@@ -44,11 +73,20 @@ def _options_of(cls: type) -> dict[str, _Option]:
             found |= _options_of(typing.cast(type, hint))
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        found[field.name] = _Option(hint is bool, required)
+        marks = _marks(marked[field.name])
+        takes_json = JSON_LIST in marks or JSON_OBJECT in marks
+        found[field.name] = _Option(hint is bool, required, tyro.conf.Positional in marks, takes_json)
     return found
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _marks(hint: Any) -> list[Any]:
+    """What annotates a type or the members of a union."""
+    own = list(getattr(hint, "__metadata__", ()))
+    return own + [mark for inner in typing.get_args(hint) for mark in _marks(inner)]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The most similar of some names."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
     return match[0] if match else ""
 
@@ -62,52 +100,63 @@ def _given(argv: Sequence[str]) -> list[str]:
     return [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--") and word != "--"]
 
 
-def _check_names(argv: Sequence[str], known: Mapping[str, _Option], prog: str) -> None:
-    flags = set(known) | {f"no_{name}" for name, option in known.items() if option.is_bool}
+def _check_names(cls: type[CommandOptions], argv: Sequence[str], known: Mapping[str, _Option], prog: str) -> None:
+    flags = {name for name, option in known.items() if not option.positional}
+    flags |= {f"no_{name}" for name, option in known.items() if option.is_bool}
     for name in _given(argv):
         if name not in flags and name != "help" and not name.startswith("tyro_"):
-            nearest = _flag(_nearest(name, known))
-            raise InputError(f"{prog}: unknown option {_flag(name)}; the nearest is {nearest}")
+            why = cls.explain(name) or f"the nearest is {_flag(nearest(name, flags))}"
+            raise InputError(f"{prog}: unknown option {_flag(name)}; {why}")
 
 
-def _config_path(argv: Sequence[str]) -> Path | None:
-    path = None
+def _last_value(argv: Sequence[str], name: str) -> str | None:
+    """What follows the last `--name` on a command line."""
+    flag, value = _flag(name), None
     for at, word in enumerate(argv):
-        if word == "--config" and at + 1 < len(argv):
-            path = argv[at + 1]
-        elif word.startswith("--config="):
-            path = word.partition("=")[2]
-    return None if path is None else Path(path)
+        if word == flag and at + 1 < len(argv):
+            value = argv[at + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, where: str) -> dict[str, Any]:
+    """A YAML file of values by name; `where` begins the line of an error.
+
+    Raises:
+        InputError: the file cannot be read, is not YAML, or holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from error
+        raise InputError(f"{where}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"--config {path}: not a text file in UTF-8 ({error.reason})") from error
+        raise InputError(f"{where}: not a text file in UTF-8 ({error.reason})") from error
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
+        line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
-        raise InputError(f"--config {path}{where}: {problem}") from error
+        raise InputError(f"{where}{line}: {problem}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"--config {path}: holds a {type(values).__name__}; write one `option: value` a line")
+        raise InputError(f"{where}: holds a {type(values).__name__}; write one `option: value` a line")
     return values
 
 
-def _words(name: str, value: Any, option: _Option, path: Path) -> list[str]:
+def _words(name: str, value: Any, option: _Option, where: str) -> list[str]:
     """One YAML value as command-line words, so that file and command line are read by the same rules."""
     flag = _flag(name)
+    if option.positional:
+        raise InputError(f"{where}: {name} stands on the command line, not in a file")
     if option.is_bool:
         if not isinstance(value, bool):
-            raise InputError(f"--config {path}: {name} is true or false, not {value!r}")
+            raise InputError(f"{where}: {name} is true or false, not {value!r}")
         return [flag if value else _flag(f"no_{name}")]
+    if option.json and isinstance(value, list | Mapping):
+        return [f"{flag}={json.dumps(value)}"]
     if isinstance(value, Mapping):
         return [flag, *(str(word) for pair in value.items() for word in pair)]
     if isinstance(value, list):
@@ -115,15 +164,21 @@ def _words(name: str, value: Any, option: _Option, path: Path) -> list[str]:
     return [f"{flag}={value}"]
 
 
-def _words_from_file(path: Path, known: Mapping[str, _Option], skip: Iterable[str]) -> list[str]:
+def _all_words(
+    cls: type[CommandOptions],
+    values: Mapping[str, Any],
+    known: Mapping[str, _Option],
+    where: str,
+    skip: Iterable[str] = (),
+) -> list[str]:
     words: list[str] = []
-    for key, value in _read_yaml(path).items():
+    for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known or name == "config":
-            nearest = _nearest(name, known.keys() - {"config"})
-            raise InputError(f"--config {path}: unknown option {key!r}; the nearest is {nearest!r}")
+            why = cls.explain(name) or f"the nearest is {nearest(name, known.keys() - {'config'})!r}"
+            raise InputError(f"{where}: unknown option {key!r}; {why}")
         if name not in skip:
-            words += _words(name, value, known[name], path)
+            words += _words(name, value, known[name], where)
     return words
 
 
@@ -145,21 +200,51 @@ def read_options(cls: type[OptionsT], argv: Sequence[str], prog: str) -> Options
         InputError: an unknown option, a missing one, or a value of the wrong kind, in either place.
         SystemExit: after `--help`.
     """
-    known = _options_of(cls)
     if "--help" in argv or "-h" in argv:
-        tyro.cli(cls, prog=prog, args=["--help"])
-    _check_names(argv, known, prog)
-    path = _config_path(argv)
+        tyro.cli(cls.completed(lambda name: _last_value(argv, name)), prog=prog, args=["--help"])
+    config = _last_value(argv, "config")
+    path = None if config is None else Path(config)
+    values = read_yaml(path, f"--config {path}") if path else {}
+    cls = cls.completed(lambda name: _last_value(argv, name) or _text(values.get(name)))
+    known = _options_of(cls)
+    _check_names(cls, argv, known, prog)
     given = set(_given(argv))
     given |= {name.removeprefix("no_") for name in given if name.removeprefix("no_") in known}
-    from_file = _words_from_file(path, known, given) if path else []
-    missing = [name for name, option in known.items() if option.required and name not in given | set(_given(from_file))]
-    if missing:
-        raise InputError(f"{prog}: {_flag(missing[0])} is missing; `{prog} --help` says what it is")
-    return _parse(cls, [*from_file, *argv], prog, path)
+    from_file = _all_words(cls, values, known, f"--config {path}", given)
+    _check_required(known, given | set(_given(from_file)), prog, f"`{prog} --help` says what it is")
+    where = f" (options are also read from {path})" if path else ""
+    return _parse(cls, [*from_file, *argv], prog, where)
 
 
-def _parse(cls: type[OptionsT], words: Sequence[str], prog: str, path: Path | None) -> OptionsT:
+def read_values(cls: type[OptionsT], values: Mapping[str, Any], where: str) -> OptionsT:
+    """The same from values by name, as a YAML file holds them; `where` begins the line of an error.
+
+    Raises:
+        InputError: as `read_options`.
+    """
+    cls = cls.completed(lambda name: _text(values.get(name)))
+    known = _options_of(cls)
+    words = _all_words(cls, values, known, where)
+    _check_required(known, set(_given(words)), where, "add it")
+    return _parse(cls, words, where)
+
+
+def option_names(cls: type) -> list[str]:
+    """The names of a dataclass's options, nested ones included."""
+    return list(_options_of(cls))
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _check_required(known: Mapping[str, _Option], given: set[str], where: str, remedy: str) -> None:
+    for name, option in known.items():
+        if option.required and not option.positional and name not in given:
+            raise InputError(f"{where}: {_flag(name)} is missing; {remedy}")
+
+
+def _parse(cls: type[OptionsT], words: Sequence[str], prog: str, where: str = "") -> OptionsT:
     box = io.StringIO()
     try:
         with redirect_stderr(box):
@@ -167,5 +252,4 @@ def _parse(cls: type[OptionsT], words: Sequence[str], prog: str, path: Path | No
     except SystemExit as stop:
         if not stop.code:
             raise
-        where = f" (options are also read from {path})" if path else ""
         raise InputError(f"{prog}: {_first_lines(box.getvalue())}{where}") from None

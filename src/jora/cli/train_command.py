@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import tyro
 
 from jora.cli.common import ModelOptions, open_model
-from jora.cli.lora_options import LoraOptions
+from jora.cli.method_choice import MethodChoice
 from jora.errors import InputError
 from jora.reporting import Reporter
 from jora.train.options import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
+class Options(MethodChoice, ModelOptions):
     """Fine-tune an adapter: OUT gets adapter/ (PEFT), checkpoints/, metrics.jsonl, config.yaml."""
 
     data: str
@@ -25,14 +25,13 @@ class Options(ModelOptions):
     """The run directory."""
     adapter: str | None = None
     """A PEFT adapter directory to train further; its own options hold."""
-    lora: tyro.conf.OmitArgPrefixes[LoraOptions] = field(default_factory=LoraOptions)
     training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
 
 
 def run(options: Options, reporter: Reporter) -> None:
     """Load and train."""
-    method = options.lora.method()  # before the model: a mistake in it should not wait for the weights
-    if options.adapter is not None and options.lora != LoraOptions():
+    method = options.build_method()  # before the model: a mistake in it should not wait for the weights
+    if options.adapter is not None and options.chooses_method():
         raise InputError("jora train: --adapter brings its own rank, targets and so on; leave those options out")
     model = open_model(options, reporter)
     import jora

@@ -80,7 +80,8 @@ class BatchOptions:
     Attributes:
         rows: rows of a micro-batch (before padding to `row_multiple`).
         accumulation: micro-batches of one optimiser step.
-        max_length: most tokens of a row; a longer example is an error here (see `chat.tokenise`).
+        max_length: most tokens of a row, prompt slots included; a longer example is an error here (see
+            `chat.tokenise`).
         multiple: row lengths are multiples of this (the sequence is sharded over `tensor`).
         packing: several examples share a row, kept apart by segments.
         length_buckets: number of row lengths without packing.
@@ -88,6 +89,7 @@ class BatchOptions:
             mesh divides them.
         shuffle: a new order every epoch; off, the order of the file within each length (evaluation).
         window: packing looks for neighbours among this many examples at a time.
+        prompt_slots: positions left free in front of each example, for a method's own vectors.
     """
 
     rows: int = 8
@@ -99,12 +101,15 @@ class BatchOptions:
     row_multiple: int = 1
     shuffle: bool = True
     window: int = 1024
+    prompt_slots: int = 0
 
     def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
-            if value < 1 and not isinstance(value, bool):
+            if value < 1 and not isinstance(value, bool) and option.name != "prompt_slots":
                 raise InputError(f"batch option {option.name} is {value}: it must be at least 1")
+        if self.packing and self.prompt_slots:
+            raise InputError("packing puts several examples in a row, a soft prompt needs a row each: turn packing off")
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -227,16 +232,24 @@ def plan_epoch(
 class Batches:
     """The batches of a data set, by epoch or by global step number (from 0).
 
-    Raises `InputError` where an example has more than `max_length` tokens or no token to learn.
+    instances: a vector of each example's prompt, for methods that ask for one. Raises `InputError` where an example has
+    more than `max_length` tokens or no token to learn.
     """
 
-    def __init__(self, examples: Sequence[Tokenised], options: BatchOptions, seed: int = 0) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Tokenised],
+        options: BatchOptions,
+        seed: int = 0,
+        instances: Float32[np.ndarray, "n h"] | None = None,
+    ) -> None:
         if not examples:
             raise InputError("the data set holds no example: nothing is left to train or evaluate on")
         self.examples = examples
         self.options = options
         self.seed = seed
-        self.lengths = [len(example.tokens) for example in examples]
+        self.instances = instances
+        self.lengths = [options.prompt_slots + len(example.tokens) for example in examples]
         self.answers = [int(example.loss[1:].sum()) for example in examples]
         for index, (length, answers) in enumerate(zip(self.lengths, self.answers, strict=True)):
             if length > options.max_length:
@@ -284,6 +297,21 @@ class Batches:
             _fill(self.examples, step.rows[start : start + rows], step.shape, start, self.options) for start in starts
         ]
 
+    def instances_of(self, step: Step) -> Float32[np.ndarray, "m b h"] | None:
+        """The vectors of a planned step's prompts, row for row as in `build`; 0 in rows that only fill."""
+        if self.instances is None:
+            return None
+        found = np.zeros((self.options.accumulation, step.shape.rows, self.instances.shape[1]), np.float32)
+        for number, (example,) in enumerate(step.rows):
+            found[divmod(number, self.options.rows)] = self.instances[example]
+        return found
+
+
+def prompt_of(example: Tokenised) -> Int32[np.ndarray, " p"]:
+    """The tokens before the first that carries loss; all of them where none does."""
+    targets = np.flatnonzero(example.loss[1:])
+    return example.tokens[: targets[0] + 1] if len(targets) else example.tokens
+
 
 def _fill(
     examples: Sequence[Tokenised], rows: Sequence[Row], shape: Shape, first_row: int, options: BatchOptions
@@ -296,13 +324,14 @@ def _fill(
         start = used = 0
         for segment, index in enumerate(row, start=1):
             example = examples[index]
-            end = start + len(example.tokens)
-            tokens[r, start:end] = example.tokens
+            first = start + options.prompt_slots
+            end = first + len(example.tokens)
+            tokens[r, first:end] = example.tokens
             positions[r, start:end] = np.arange(end - start)
             segments[r, start:end] = segment
             targets = np.flatnonzero(example.loss[1:]) + 1
             span = slice(used, used + len(targets))
-            answer_positions[r, span] = start + targets - 1
+            answer_positions[r, span] = first + targets - 1
             answer_targets[r, span] = example.tokens[targets]
             answer_weights[r, span] = 1.0
             start, used = end, span.stop

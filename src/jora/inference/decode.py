@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jora.inference.sampling import Sampling, is_one_of, sample
 from jora.methods.method import State
@@ -53,16 +53,19 @@ def prefill(
     lengths: Int[Array, " b"],
     sampling: Sampling,
     ends: Int[Array, " e"],
+    instance: Float[Array, "b h"] | None = None,
     *,
     program: Program,
     slots: int,
 ) -> tuple[Stream, Int[Array, "b 1"]]:
     """Read prompts, padded on the right, and choose each row's first token.
 
-    A row of length 0 only fills the batch: it has ended from the start.
+    A row of length 0 only fills the batch: it has ended from the start. instance: a vector of each prompt, for
+    methods that ask for one.
     """
     config, layout, _ = program
-    bound, rows = bind(program, state)
+    bound, rows = bind(program, state, instance)
+    params = weights(program, state, params)
     cache = new_cache(config, layout, tokens.shape[0], slots, params.embed.dtype)
     tokens = layout.constrain(tokens, "batch", None)
     hidden, filled = decoder.forward(params, config, layout, tokens, bound=bound, rows=rows, cache=cache, fresh=True)
@@ -82,12 +85,14 @@ def decode(
     sampling: Sampling,
     ends: Int[Array, " e"],
     limit: Int[Array, ""],
+    instance: Float[Array, "b h"] | None = None,
     *,
     program: Program,
 ) -> tuple[Stream, Int[Array, "b c"]]:
     """Up to `limit` (at most RUN) more tokens a row; stops early when every row has ended."""
     config, layout, _ = program
-    bound, rows = bind(program, state)
+    bound, rows = bind(program, state, instance)
+    params = weights(program, state, params)
 
     def wanted(carry: tuple[Array, Stream, Array]) -> Array:
         step, stream, _ = carry
@@ -109,10 +114,15 @@ def decode(
     return stream, out
 
 
-def bind(program: Program, state: State | None) -> tuple[Bound, Rows]:
+def bind(program: Program, state: State | None, instance: Float[Array, "b h"] | None = None) -> tuple[Bound, Rows]:
     """The adapter's projections, inside jit, and what they may depend on: no dropout."""
-    rows = Rows()
+    rows = Rows(instance=None if instance is None else program.layout.constrain(instance, "batch", None))
     return (BASE if program.method is None else program.method.bind(state, rows)), rows
+
+
+def weights(program: Program, state: State | None, params: Params) -> Params:
+    """The weights that the forward pass reads, inside jit: the model's, or some that the method trained."""
+    return params if program.method is None else program.method.base(state, params)
 
 
 def _choose(

@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jora.data import raft_format
-from jora.data.batches import Batches, BatchOptions, Tokenised
+from jora.data.batches import Batches, BatchOptions, Tokenised, prompt_of
 from jora.data.chat import Template, fill_documents, tokenise_example
 from jora.data.formats import Example, read_examples
 from jora.data.tokenise import tokenise_prompt
 from jora.errors import InputError
 from jora.files import atomic_write
-from jora.inference.decode import Program, bind
+from jora.inference.decode import Program, bind, weights
 from jora.inference.generate import answer_texts
 from jora.inference.metrics import score
 from jora.methods.method import Adapter, State
@@ -114,6 +114,8 @@ def evaluate(
     examples = whole[:limit]
     template = Template(model.tokenizer)
     longest = min(max_length or model.config.max_positions, model.config.max_positions)
+    if adapter is not None:
+        longest -= adapter.method.prompt_slots
     if longest <= max_new_tokens:
         raise InputError(f"max_length {longest} leaves no room for a prompt beside max_new_tokens {max_new_tokens}")
     prepared = [_prepare(example, template, longest - max_new_tokens) for example in examples]
@@ -209,14 +211,18 @@ def _losses(
     """(sum of nats, answer tokens) of each example."""
     turns = [turn for p in prepared for turn in p.turns]
     origins = [index for index, p in enumerate(prepared) for _ in p.turns]
+    method, state = model.parts_of(adapter)
+    reserved = 0 if method is None else method.prompt_slots
     options = BatchOptions(
         rows=min(batch_size, len(turns)),
-        max_length=max(len(turn.tokens) for turn in turns),
+        max_length=reserved + max(len(turn.tokens) for turn in turns),
         row_multiple=model.layout.batch_shards,
         shuffle=False,
+        prompt_slots=reserved,
     )
-    batches = Batches(turns, options)
-    method, state = model.parts_of(adapter)
+    prompts = [prompt_of(turn).tolist() for turn in turns]
+    instances = None if method is None else method.instances(model, prompts, reporter=reporter)
+    batches = Batches(turns, options, instances=instances)
     program = Program(model.config, model.layout, method)
     totals, counts = np.zeros(len(prepared)), np.zeros(len(prepared), int)
     reporter.start(len(turns), "evaluating the loss, examples")
@@ -224,7 +230,10 @@ def _losses(
     for step in batches.plan(0):
         (batch,) = batches.build(step)
         answers = Answers(*map(jnp.asarray, (batch.answer_positions, batch.answer_targets, batch.answer_weights)))
-        nll = np.asarray(_answer_nll(model.params, state, batch.tokens, answers, program=program), np.float64)
+        own = batches.instances_of(step)
+        instance = None if own is None else own[0]
+        found = _answer_nll(model.params, state, batch.tokens, answers, instance, program=program)
+        nll = np.asarray(found, np.float64)
         for row, (turn,) in enumerate(step.rows):
             totals[origins[turn]] += float((nll[row] * batch.answer_weights[row]).sum())
             counts[origins[turn]] += int(batch.answer_weights[row].sum())
@@ -236,11 +245,18 @@ def _losses(
 
 @partial(jax.jit, static_argnames="program")
 def _answer_nll(
-    params: Params, state: State | None, tokens: Int[Array, "b s"], answers: Answers, *, program: Program
+    params: Params,
+    state: State | None,
+    tokens: Int[Array, "b s"],
+    answers: Answers,
+    instance: Float[Array, "b h"] | None,
+    *,
+    program: Program,
 ) -> Float[Array, "b n"]:
     """-log p of each answer token; rows are single sequences, padded on the right."""
     config, layout, _ = program
-    bound, rows = bind(program, state)
+    bound, rows = bind(program, state, instance)
+    params = weights(program, state, params)
     tokens = layout.constrain(tokens, "batch", None)
     hidden, _ = decoder.forward(params, config, layout, tokens, bound=bound, rows=rows)
     return answer_loss(params, config, layout, hidden, answers, bound, rows)[1]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from jora.data.chat import Template, fill_documents, tokenise_example
 from jora.data.formats import Example, Message, parse_example
@@ -165,13 +165,17 @@ def generate_tokens(
     ends: tokens that end a row (default: `end_tokens(model)`). stopped: a function of a row's new tokens
     so far; a row for which it returns True gets no more.
     """
-    _check(model, prompts, max_new_tokens, batch_size)
+    method, state = model.parts_of(adapter)
+    reserved = 0 if method is None else method.prompt_slots
+    _check(model, prompts, max_new_tokens, batch_size, reserved)
     if not prompts:
         return []
+    instances = None if method is None else method.instances(model, prompts, reporter=reporter)
+    # Words that stand in the places of a method's own vectors are not read.
+    prompts = [[0] * reserved + list(prompt) for prompt in prompts]
     end_ids = end_tokens(model) if ends is None else tuple(ends)
     rows = _rows(min(batch_size, len(prompts)), batch_size, model.layout.batch_shards)
     sampling = sampling_rows(rows, temperature, top_k, top_p, min_p)
-    method, state = model.parts_of(adapter)
     program = Program(model.config, model.layout, method)
     results: dict[int, list[int]] = {}
     reporter.start(len(prompts), "generating, prompts")
@@ -185,7 +189,9 @@ def generate_tokens(
     for members in _batches(prompts, rows):
         seeds = np.zeros(rows, np.uint32)
         seeds[: len(members)] = [_row_seed(seed, i) for i in members]
-        batch = _Request([prompts[i] for i in members], sampling._replace(seed=jnp.asarray(seeds)), end_ids, stopped)
+        own_sampling = sampling._replace(seed=jnp.asarray(seeds))
+        instance = None if instances is None else _filled(instances[members], rows)
+        batch = _Request([prompts[i] for i in members], own_sampling, end_ids, stopped, instance)
         found = _run(model.params, state, program, batch, max_new_tokens, on_tokens)
         results.update(zip(members, found, strict=True))
         on_tokens(0)
@@ -193,16 +199,17 @@ def generate_tokens(
     return [results[i] for i in range(len(prompts))]
 
 
-def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:
+def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, reserved: int) -> None:
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens and batch_size must be at least 1, found {max_new_tokens} and {batch_size}")
     limit = model.config.max_positions
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise InputError(f"prompt {number} is empty; give at least one token")
-        if len(prompt) + max_new_tokens > limit:
+        if reserved + len(prompt) + max_new_tokens > limit:
+            soft = f" (and {reserved} of the adapter)" if reserved else ""
             raise InputError(
-                f"prompt {number}: its {len(prompt)} tokens and max_new_tokens {max_new_tokens} are more than "
+                f"prompt {number}: its {len(prompt)} tokens{soft} and max_new_tokens {max_new_tokens} are more than "
                 f"the model's {limit} positions; shorten the prompt or lower max_new_tokens"
             )
 
@@ -239,6 +246,11 @@ class _Request(NamedTuple):
     sampling: Sampling
     ends: tuple[int, ...]
     stopped: Stopped | None
+    instance: Float32[np.ndarray, "b h"] | None
+
+
+def _filled(vectors: Float32[np.ndarray, "n h"], rows: int) -> Float32[np.ndarray, "b h"]:
+    return np.pad(vectors, ((0, rows - len(vectors)), (0, 0)))
 
 
 def _run(
@@ -250,11 +262,11 @@ def _run(
     on_tokens: Callable[[int], None],
 ) -> list[list[int]]:
     """The new tokens of one batch's rows, a device run at a time."""
-    prompts, sampling, ends, stopped = request
+    prompts, sampling, ends, stopped, instance = request
     rows, longest = len(sampling.seed), max(len(p) for p in prompts)
     tokens, lengths = _padded(prompts, rows, bucket(longest))
     slots, end_array = bucket(longest + max_new_tokens), _end_array(ends)
-    stream, out = prefill(params, state, tokens, lengths, sampling, end_array, program=program, slots=slots)
+    stream, out = prefill(params, state, tokens, lengths, sampling, end_array, instance, program=program, slots=slots)
     found: list[list[int]] = [[] for _ in prompts]
     remaining = max_new_tokens - 1
     while True:
@@ -268,7 +280,7 @@ def _run(
         if remaining <= 0 or np.asarray(stream.ended).all():
             return [_until(row, ends, stopped) for row in found]
         limit = min(remaining, RUN if stopped is None else STOP_RUN)
-        stream, out = decode(params, state, stream, sampling, end_array, np.int32(limit), program=program)
+        stream, out = decode(params, state, stream, sampling, end_array, np.int32(limit), instance, program=program)
         remaining -= limit
 
 

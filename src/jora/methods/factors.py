@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from jora.methods.extras import extra_mergers
 from jora.methods.lora import LoRA, site_shape
-from jora.methods.method import Adapter, State
+from jora.methods.method import Adapter, ModuleSite, RowsMerger, State
+from jora.methods.storage import place
 from jora.methods.targets import EMBED, HEAD
 from jora.models.config import ModelConfig
 from jora.models.tensors import layer_prefix, module_path
@@ -25,15 +26,16 @@ class FactorSite(NamedTuple):
     layer: int | None
     rank: int
     scale: float
-    names: tuple[str, str]
-    shapes: tuple[tuple[int, int], tuple[int, int]]  # A [rank, in], B [out, rank]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]  # A [rank, in], B [out, rank], and DoRA's magnitude [out]
 
 
 class Factors(NamedTuple):
-    """A and B of one module in PEFT's layout, fp32 on the host."""
+    """A and B of one module in PEFT's layout, fp32 on the host, and DoRA's magnitude."""
 
     a: Float[np.ndarray, "r i"]
     b: Float[np.ndarray, "o r"]
+    magnitude: Float[np.ndarray, " o"] | None = None
 
 
 def factor_sites(method: LoRA, config: ModelConfig) -> list[FactorSite]:
@@ -46,11 +48,14 @@ def factor_sites(method: LoRA, config: ModelConfig) -> list[FactorSite]:
         out = config.vocab_size if target == HEAD else shape.out_size
         for layer, (rank, scale) in by_layer.items():
             names = _names(target, layer)
-            found.append(FactorSite(target, layer, rank, scale, names, ((rank, into), (out, rank))))
+            shapes: tuple[tuple[int, ...], ...] = ((rank, into), (out, rank))
+            if method.magnitudes:
+                names, shapes = (*names, names[0].replace("lora_A.weight", "lora_magnitude_vector")), (*shapes, (out,))
+            found.append(FactorSite(target, layer, rank, scale, names, shapes))
     return sorted(found, key=lambda site: (-1 if site.layer is None else site.layer, site.target))
 
 
-def _names(target: str, layer: int | None) -> tuple[str, str]:
+def _names(target: str, layer: int | None) -> tuple[str, ...]:
     if target == EMBED:
         # PEFT keeps these as bare parameters, hence no ".weight".
         prefix = "base_model.model.model.embed_tokens"
@@ -61,13 +66,16 @@ def _names(target: str, layer: int | None) -> tuple[str, str]:
 
 def host_factors(adapter: Adapter, site: FactorSite) -> Factors:
     """The factors of one site, gathered from the devices, padding cut off."""
-    pair = adapter.state.trained[site.target]
-    a, b = (np.asarray(pair[f] if site.layer is None else _layer(pair[f], site.layer)) for f in "ab")
-    (_, into), (out, _) = site.shapes
-    largest = a.shape[-1]
+    own = {
+        name: np.asarray(factor if site.layer is None else _layer(factor, site.layer))
+        for name, factor in adapter.state.trained[site.target].items()
+    }
+    (_, into), (out, *_) = site.shapes[:2]
+    largest = own["a"].shape[-1]
     return Factors(
-        a.reshape(-1, largest)[:into, : site.rank].T,
-        b.reshape(largest, -1)[: site.rank, :out].T,
+        own["a"].reshape(-1, largest)[:into, : site.rank].T,
+        own["b"].reshape(largest, -1)[: site.rank, :out].T,
+        own["magnitude"].reshape(-1)[:out] if "magnitude" in own else None,
     )
 
 
@@ -83,6 +91,31 @@ def delta(factors: Factors, site: FactorSite, rows: slice) -> Float[np.ndarray, 
     return (factors.b[rows] * np.float32(site.scale)) @ factors.a
 
 
+def lora_mergers(adapter: Adapter) -> dict[ModuleSite, RowsMerger]:
+    """W + s A B, for each adapted module; its factors come to the host with the first rows that are asked for.
+
+    With magnitudes m (DoRA) each row is scaled to its m; a row of zeros stays one.
+    """
+    sites = factor_sites(adapter.method, adapter.config)
+    return {(site.target, site.layer): _merger(adapter, site) for site in sites} | extra_mergers(adapter)
+
+
+def _merger(adapter: Adapter, site: FactorSite) -> RowsMerger:
+    fetched: list[Factors] = []
+
+    def merge(block: np.ndarray, rows: slice) -> np.ndarray:
+        if not fetched:
+            fetched.append(host_factors(adapter, site))
+        merged = delta(fetched[0], site, rows) + block
+        magnitude = fetched[0].magnitude
+        if magnitude is None:
+            return merged
+        norms = np.linalg.norm(merged, axis=1)
+        return merged * np.divide(magnitude[rows], norms, out=np.ones_like(norms), where=norms > 0)[:, None]
+
+    return merge
+
+
 def device_state(method: LoRA, config: ModelConfig, layout: Layout, read: Callable[[FactorSite], Factors]) -> State:
     """The method's state on the devices from `read`, one target's stack in host memory at a time."""
     axes = method.axes(config)
@@ -91,36 +124,33 @@ def device_state(method: LoRA, config: ModelConfig, layout: Layout, read: Callab
         sites.setdefault(site.target, []).append(site)
     trained, constant = {}, {}
     for target, chosen in sites.items():
-        pair, scale = _stacks(config, target, chosen, read)
-        trained[target] = {f: _place(layout, axes.trained[target][f], pair[f]) for f in "ab"}
-        constant[target] = _place(layout, axes.constant[target], scale)
+        stacks, scale = _stacks(config, target, chosen, read)
+        trained[target] = {f: place(layout, axes.trained[target][f], stack) for f, stack in stacks.items()}
+        constant[target] = place(layout, axes.constant[target], scale)
     return State(trained, constant)
 
 
 def _stacks(
     config: ModelConfig, target: str, sites: list[FactorSite], read: Callable[[FactorSite], Factors]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Zero-padded a [layers?, *in, r] and b [layers?, r, *out], and the scales."""
+    """Zero-padded a [layers?, *in, r], b [layers?, r, *out] and magnitude [layers?, *out], and the scales."""
     shape = site_shape(config, target)
     largest = max(site.rank for site in sites)
     stack = () if target in (EMBED, HEAD) else (config.layers,)
     a = np.zeros((*stack, shape.in_size, largest), np.float32)
     b = np.zeros((*stack, largest, shape.out_size), np.float32)
+    magnitude = np.zeros((*stack, shape.out_size), np.float32)
     scale = np.zeros(stack, np.float32)
     for site in sites:
         where = () if site.layer is None else (site.layer,)
-        (_, into), (out, _) = site.shapes
+        (_, into), (out, *_) = site.shapes[:2]
         factors = read(site)
         a[(*where, slice(into), slice(site.rank))] = factors.a.T
         b[(*where, slice(site.rank), slice(out))] = factors.b.T
+        if factors.magnitude is not None:
+            magnitude[(*where, slice(out))] = factors.magnitude
         scale[where] = site.scale
-    pair = {"a": a.reshape(*stack, *shape.in_shape, largest), "b": b.reshape(*stack, largest, *shape.out_shape)}
-    return pair, scale
-
-
-def _place(layout: Layout, axes: tuple[Any, ...], value: np.ndarray) -> Array:
-    return jax.make_array_from_callback(value.shape, layout.sharding(axes, value.shape), partial(_part, value))
-
-
-def _part(value: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-    return np.asarray(value[index], np.float32)
+    stacks = {"a": a.reshape(*stack, *shape.in_shape, largest), "b": b.reshape(*stack, largest, *shape.out_shape)}
+    if len(sites[0].names) == 3:
+        stacks["magnitude"] = magnitude.reshape(*stack, *shape.out_shape)
+    return stacks, scale

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,35 @@ from jaxtyping import Array, Float, Int
 from jora.errors import InputError
 from jora.kernels.counter_hash import keep_mask
 from jora.kernels.low_rank import low_rank
-from jora.methods.method import Adapter, State
+from jora.methods.extras import (
+    base_with_extras,
+    bind_extras,
+    check_extras,
+    extra_axes,
+    is_saved,
+    with_extras,
+    without_extras,
+)
+from jora.methods.initial import first_embedding, first_factors
+from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
 from jora.methods.targets import EMBED, HEAD, Frozen, pattern_value, select
+from jora.methods.token_rows import canonical
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
+from jora.models.params import Params
 from jora.models.tensors import LinearShape, linear_shape
 from jora.sharding import Layout
+
+if TYPE_CHECKING:
+    from jora.methods.storage import PeftFiles
+
+
+def dropped(x: Float[Array, "b s *in"], rate: float, site: Site, rows: Rows) -> Float[Array, "b s *in"]:
+    """The adapter's input: x with dropout where the rows have seeds, else x itself."""
+    if not rate or rows.dropout is None:
+        return x
+    keep = keep_mask(site.salt(rows.dropout), x.shape, rate, rows.tokens)
+    return jnp.where(keep, x, 0) / jnp.asarray(1 - rate, x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -41,12 +64,9 @@ class LoRAProjection:
     dropout: float = field(metadata={"static": True}, default=0.0)
 
     def apply(self, x: Array, dense: Dense, site: Site, rows: Rows) -> Array:
-        y = dense(x)
-        if self.dropout and rows.dropout is not None:
-            keep = keep_mask(site.salt(rows.dropout), x.shape, self.dropout, rows.tokens)
-            x = jnp.where(keep, x, 0) / jnp.asarray(1 - self.dropout, x.dtype)
+        kept = dropped(x, self.dropout, site, rows)
         # The scale goes onto the small factor; the product of an unadapted layer is exactly zero.
-        return y + low_rank(x, self.a, self.b * self.scale, dense.layout)
+        return dense(x) + low_rank(kept, self.a, self.b * self.scale, dense.layout)
 
 
 @jax.tree_util.register_dataclass
@@ -64,13 +84,18 @@ class LoRAEmbedding:
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Method):
     """Options of a LoRA adapter, under PEFT's names where PEFT has them.
 
     rank: columns of A. alpha: scale numerator. targets: "all-linear", a name, a list of names or a regular
     expression over module names; embed_tokens and lm_head may be named. dropout: rate on the adapter's
     input. use_rslora: scale alpha / sqrt(r). rank_pattern / alpha_pattern: {module pattern: value}.
     layers_to_transform: adapt these layers only. exclude_modules: names or a regular expression.
+    init_lora_weights: True, "gaussian" or "orthogonal" (see `initial`), or "loftq". loraplus_lr_ratio: LoRA+ (arXiv
+    2402.12354): B learns at this multiple of the learning rate (PEFT's create_loraplus_optimizer); an
+    embedding's factors, whose roles are swapped, keep the rate itself. modules_to_save: endings of module names
+    that train whole, as copies (see `saved_modules`). trainable_token_indices: words whose rows of embed_tokens
+    train, or {"embed_tokens": words, "lm_head": words} (see `token_rows`).
     """
 
     rank: int = 16
@@ -82,9 +107,13 @@ class LoRA:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
     exclude_modules: str | Sequence[str] = ()
+    init_lora_weights: bool | str = True
+    loraplus_lr_ratio: float = 1.0
+    modules_to_save: Sequence[str] = ()
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
 
     name: ClassVar[str] = "lora"
-    identity: ClassVar[Literal["exact"]] = "exact"
+    magnitudes: ClassVar[bool] = False  # DoRA's: has a magnitude for every output feature
 
     def __post_init__(self) -> None:
         for option in ("rank_pattern", "alpha_pattern"):
@@ -93,11 +122,29 @@ class LoRA:
             value = getattr(self, option)
             if isinstance(value, list | tuple | set):
                 object.__setattr__(self, option, tuple(sorted(value) if isinstance(value, set) else value))
+        object.__setattr__(self, "modules_to_save", tuple(sorted(self.modules_to_save)))
+        object.__setattr__(self, "trainable_token_indices", canonical(self.trainable_token_indices))
         ranks = [self.rank, *self.rank_pattern.values()]
         if any(r < 1 for r in ranks):
             raise InputError(f"LoRA: a rank must be at least 1, found {min(ranks)}")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"LoRA: dropout must be in [0, 1), found {self.dropout}")
+        if not 0.0 < self.loraplus_lr_ratio < math.inf:
+            raise InputError(f"LoRA: loraplus_lr_ratio must be above 0, found {self.loraplus_lr_ratio}")
+        self._check_init(ranks)
+
+    def _check_init(self, ranks: Sequence[int]) -> None:
+        """Raise InputError for an initialisation that this method does not have."""
+        init = self.init_lora_weights
+        if isinstance(init, str) and init.startswith("pissa"):
+            raise InputError(f"{self.name}: init_lora_weights {init!r} is a method of its own here: choose pissa")
+        known = (True, "gaussian", "orthogonal", "loftq")
+        if init not in known:
+            raise InputError(f"{self.name}: init_lora_weights {init!r} is not known; use one of {known}")
+        if init == "loftq" and not all(a > 0 for a in (self.alpha, *self.alpha_pattern.values())):
+            raise InputError(f"{self.name}: init_lora_weights loftq needs an alpha above 0")
+        if init == "orthogonal" and (odd := [r for r in ranks if r % 2]):
+            raise InputError(f"{self.name}: init_lora_weights orthogonal needs even ranks, found {odd[0]}")
 
     def sites(self, config: ModelConfig) -> dict[str, dict[int | None, tuple[int, float]]]:
         """{target: {layer: (true rank, scale)}}; layer is None for embed_tokens and lm_head."""
@@ -105,35 +152,88 @@ class LoRA:
         for name, (target, layer) in select(
             config, self.targets, self.exclude_modules, self.layers_to_transform
         ).items():
+            if is_saved(self, name):
+                continue
             rank = pattern_value(self.rank_pattern, name, self.rank)
             alpha = pattern_value(self.alpha_pattern, name, self.alpha)
             scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
             chosen.setdefault(target, {})[layer] = (rank, scale)
+        if self.modules_to_save or self.trainable_token_indices:
+            check_extras(self, config, [(target, layer) for target, by_layer in chosen.items() for layer in by_layer])
         return chosen
 
     def init(self, model: Any, key: Array) -> Adapter:
-        """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0 (embeddings: A = 0, B ~ N(0, 1)), as PEFT initialises."""
-        state = _draw(key, self, model.config, model.layout)
-        return Adapter(self, state, model.config, dict(model.identity))
+        """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0 (embeddings: A = 0, B ~ N(0, 1)), or as `init_lora_weights` says."""
+        if self.init_lora_weights == "loftq" and not isinstance(model.params.embed, jax.ShapeDtypeStruct):
+            from jora.methods.loftq import loftq_state
+
+            state = loftq_state(self, model)
+        else:
+            state = _draw(key, self, model.config, model.layout)
+        return with_extras(Adapter(self, state, model.config, dict(model.identity)), model)
+
+    def first(self, key: Array, config: ModelConfig, target: str, ranks: int | Sequence[int]) -> dict[str, Array]:
+        """The first factors of one target; `ranks` are the layers', or one rank for embed_tokens and lm_head."""
+        shape = site_shape(config, target)
+        if target != EMBED:
+            return first_factors(key, self.init_lora_weights, shape, ranks)
+        if self.init_lora_weights == "orthogonal":
+            raise InputError(f"{self.name}: init_lora_weights orthogonal does not apply to {EMBED}; leave it out")
+        assert isinstance(ranks, int)
+        return first_embedding(key, shape, ranks)
+
+    def factor_axes(self, config: ModelConfig, target: str) -> dict[str, tuple[str | None, ...]]:
+        """Logical axes of one target's factors."""
+        s = site_shape(config, target)
+        stack: tuple[str | None, ...] = () if target in (EMBED, HEAD) else (None,)
+        return {"a": (*stack, *s.in_axes, None), "b": (*stack, None, *s.out_axes)}
+
+    def rates(self, trained: Any) -> Any:
+        if self.loraplus_lr_ratio == 1.0:
+            return None
+        return jax.tree.map_with_path(lambda path, _: self._rate(*(getattr(k, "key", None) for k in path)), trained)
+
+    def _rate(self, *path: Any) -> float:
+        # PEFT's groups: what is called lora_B, and every vector (DoRA's magnitude).
+        return self.loraplus_lr_ratio if path[-1] in ("b", "magnitude") and path[-2] != EMBED else 1.0
 
     def axes(self, config: ModelConfig) -> State:
         sites = self.sites(config)
+        extras = extra_axes(self, config)
         return State(
-            {t: _factor_axes(config, t) for t in sites},
-            {t: (None,) * len(_scales_shape(config, by_layer)) for t, by_layer in sites.items()},
+            {t: self.factor_axes(config, t) for t in sites} | extras.trained,
+            {t: (None,) * len(_scales_shape(config, by_layer)) for t, by_layer in sites.items()} | extras.constant,
         )
 
     def bind(self, state: State, rows: Rows) -> Bound:
         layers: dict[str, Any] = {}
         ends: dict[str, Any] = {}
-        for target, factors in state.trained.items():
-            scale = state.constant[target]
-            if target == EMBED:
-                ends[EMBED] = LoRAEmbedding(factors["a"], factors["b"], scale)
-                continue
-            projection = LoRAProjection(factors["a"], factors["b"], scale, self.dropout)
-            (ends if target == HEAD else layers)[target] = projection
-        return Bound(layers, ends.get(EMBED), ends.get(HEAD))
+        for target, factors in without_extras(state.trained).items():
+            projection = self.projection(target, factors, state.constant[target])
+            (ends if target in (EMBED, HEAD) else layers)[target] = projection
+        return bind_extras(state, Bound(layers, ends.get(EMBED), ends.get(HEAD)))
+
+    def projection(self, target: str, factors: Mapping[str, Array], constant: Any) -> Any:
+        """One target's part of `Bound`, from its trained leaves and its constants."""
+        if target == EMBED:
+            return LoRAEmbedding(**factors, scale=constant)
+        return LoRAProjection(**factors, scale=constant, dropout=self.dropout)
+
+    def base(self, state: State, params: Params) -> Params:
+        return base_with_extras(state, params)
+
+    def to_lora(self, adapter: Adapter) -> Adapter:
+        return adapter
+
+    def mergers(self, adapter: Adapter) -> Mapping[ModuleSite, RowsMerger]:
+        from jora.methods.factors import lora_mergers
+
+        return lora_mergers(self.to_lora(adapter))
+
+    def to_peft(self, adapter: Adapter) -> PeftFiles:
+        from jora.methods.lora_peft import write_peft
+
+        return write_peft(self.to_lora(adapter))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -141,9 +241,14 @@ def _draw(key: Array, method: LoRA, config: ModelConfig, layout: Layout) -> Stat
     """Initial factors, each device drawing its own part."""
     sites = method.sites(config)
     keys = jax.random.split(key, len(sites))
-    pairs = {t: _init_pair(k, config, t, by_layer) for k, (t, by_layer) in zip(keys, sites.items(), strict=True)}
-    state = State(pairs, {t: _scales(config, by_layer) for t, by_layer in sites.items()})
-    return jax.tree.map(lambda leaf, axes: layout.constrain(leaf, *axes), state, method.axes(config))
+    pairs = {
+        t: method.first(k, config, t, _ranks(config, by_layer))
+        for k, (t, by_layer) in zip(keys, sites.items(), strict=True)
+    }
+    for target, pair in pairs.items():
+        axes = method.factor_axes(config, target)
+        pairs[target] = {name: layout.constrain(factor, *axes[name]) for name, factor in pair.items()}
+    return State(pairs, {t: _scales(config, by_layer) for t, by_layer in sites.items()})
 
 
 def site_shape(config: ModelConfig, target: str) -> LinearShape:
@@ -167,12 +272,6 @@ def site_shape(config: ModelConfig, target: str) -> LinearShape:
     )
 
 
-def _factor_axes(config: ModelConfig, target: str) -> dict[str, tuple[str | None, ...]]:
-    s = site_shape(config, target)
-    stack: tuple[str | None, ...] = () if target in (EMBED, HEAD) else (None,)
-    return {"a": (*stack, *s.in_axes, None), "b": (*stack, None, *s.out_axes)}
-
-
 def _scales_shape(config: ModelConfig, by_layer: Mapping[int | None, Any]) -> tuple[int, ...]:
     return () if None in by_layer else (config.layers,)
 
@@ -183,19 +282,7 @@ def _scales(config: ModelConfig, by_layer: Mapping[int | None, tuple[int, float]
     return jnp.array([by_layer.get(layer, (0, 0.0))[1] for layer in range(config.layers)], jnp.float32)
 
 
-def _init_pair(
-    key: Array, config: ModelConfig, target: str, by_layer: Mapping[int | None, tuple[int, float]]
-) -> dict[str, Array]:
-    s = site_shape(config, target)
-    largest = max(rank for rank, _ in by_layer.values())
-    if target == EMBED:
-        normal = jax.random.normal(key, (largest, *s.out_shape), jnp.float32)
-        return {"a": jnp.zeros((*s.in_shape, largest), jnp.float32), "b": normal}
-    stack = () if target == HEAD else (config.layers,)
-    bound = 1.0 / math.sqrt(s.in_size)
-    a = jax.random.uniform(key, (*stack, *s.in_shape, largest), jnp.float32, -bound, bound)
-    if stack:
-        ranks = jnp.array([by_layer.get(layer, (0, 0.0))[0] for layer in range(config.layers)])
-        true = jnp.arange(largest) < ranks.reshape(-1, *(1,) * (a.ndim - 1))
-        a = jnp.where(true, a, 0.0)
-    return {"a": a, "b": jnp.zeros((*stack, largest, *s.out_shape), jnp.float32)}
+def _ranks(config: ModelConfig, by_layer: Mapping[int | None, tuple[int, float]]) -> int | tuple[int, ...]:
+    if None in by_layer:
+        return by_layer[None][0]
+    return tuple(by_layer.get(layer, (0, 0.0))[0] for layer in range(config.layers))

@@ -10,13 +10,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
+from jora.kernels.widen import widen
+from jora.quant import Pieces, QuantisedWeight
 from jora.sharding import Layout
 
 
@@ -25,6 +29,8 @@ class Rows(NamedTuple):
 
     dropout: UInt32[Array, " b"] | None = None  # a seed per row of the batch; None: no dropout (evaluation)
     tokens: Int[Array, "b s"] | None = None  # which tokens of the row these are; None: all, in order
+    instance: Float[Array, "b h"] | None = None  # a vector of each row's prompt, for methods that ask for one
+    jobs: Int[Array, " b"] | None = None  # the job (adapter) that each row belongs to; None: one for all rows
 
 
 class Site(NamedTuple):
@@ -32,6 +38,7 @@ class Site(NamedTuple):
 
     target: str
     layer: Int[Array, ""]
+    shared: Any = None  # `Bound.shared`
 
     def salt(self, seeds: UInt32[Array, " b"]) -> UInt32[Array, " b"]:
         """Row seeds made this site's own."""
@@ -44,10 +51,10 @@ class Site(NamedTuple):
 class Dense:
     """The frozen weight of one site: `dense(x)` is the base model's projection.
 
-    x: [b, s, *in]; weight: [*in, *out], with its logical axes in `in_axes` and `out_axes`.
+    x: [b, s, *in]; weight: [*in, *out], with its logical axes in `in_axes` and `out_axes`; maybe quantised.
     """
 
-    weight: Float[Array, "..."]
+    weight: Any  # Float[Array, "..."] | QuantisedWeight
     bias: Float[Array, "..."] | None
     in_axes: tuple[str | None, ...]
     out_axes: tuple[str | None, ...]
@@ -62,15 +69,73 @@ class Dense:
         y = self._product(x)
         return y if self.bias is None else y + self.bias
 
+    def column_norm(self, a: Float[Array, "*in r"], b: Float[Array, "r *out"]) -> Float[Array, "*out"]:
+        """|W + A B| of every output feature: the root of the sum of squares over the inputs; fp32.
+
+        |W + A B|^2 = |W|^2 + 2 <W, A B> + |A B|^2, and <W, A B> = <A^T W, B>: neither the sum nor A B is made,
+        the weight stays where it is, and devices exchange [*out] numbers alone.
+        """
+        layout, axes = self.layout, self.in_axes + self.out_axes
+        weight = self.weight_of()
+        spec = layout.spec(axes, weight.shape)
+        cut, kept = spec[: self.inputs], spec[self.inputs :]
+        over = tuple(name for part in cut if part for name in ((part,) if isinstance(part, str) else part))
+        local = partial(_squares, inputs=self.inputs)
+        if layout.devices == 1:
+            squares = local(weight, a, b)
+        else:
+            squares = jax.shard_map(
+                lambda *parts: jax.lax.psum(local(*parts), over),
+                mesh=layout.mesh,
+                in_specs=(spec, PartitionSpec(*cut, None), PartitionSpec(None, *kept)),
+                out_specs=PartitionSpec(*kept),
+                check_vma=False,
+            )(weight, a, b)
+        return jnp.sqrt(jnp.maximum(squares, 0.0))
+
+    def weight_of(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The dense weight [*in, *out] of this layer, cut as the base's are: nothing is collected over fsdp.
+
+        dtype: None is the weight's own, fp32 of a quantised one.
+        """
+        if isinstance(self.weight, QuantisedWeight):
+            return self.weight.dequantise(self._pieces, dtype or jnp.float32, collect=False)
+        return self.weight if dtype is None else self.weight.astype(dtype)
+
+    @property
+    def _pieces(self) -> Pieces:
+        return Pieces.of(self.layout, self.weight.shape, self.in_axes + self.out_axes, len(self.out_axes))
+
     def _product(self, x: Array) -> Array:
+        if not isinstance(self.weight, QuantisedWeight):
+            return jnp.tensordot(x, self._collected(self.weight), axes=self.inputs)
+
+        # The backward pass dequantises again: kept for it, the dense weights of all layers would exist at once.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def product(x: Array, weight: QuantisedWeight) -> Array:
+            return jnp.tensordot(x, weight.dequantise(self._pieces, x.dtype, collect=True), axes=self.inputs)
+
+        return product(x, self.weight)
+
+    def _collected(self, weight: Array) -> Array:
         axes = self.in_axes + self.out_axes
-        if not self.layout.is_cut(axes, self.weight.shape, "embed"):
-            return jnp.tensordot(x, self.weight, axes=self.inputs)
+        if not self.layout.is_cut(axes, weight.shape, "embed"):
+            return weight
         # FSDP: collect this one weight, used once and dropped. The shards arrive stacked on a new leading axis,
         # [f, ...]: any other order would make the compiler transpose all layers' weights before the loop.
-        shards = self.layout.gather_shards(self.weight, axes)
-        weight = jnp.moveaxis(shards, 0, axes.index("embed")).reshape(self.weight.shape)
-        return jnp.tensordot(x, weight, axes=self.inputs)
+        shards = self.layout.gather_shards(weight, axes)
+        return jnp.moveaxis(shards, 0, axes.index("embed")).reshape(weight.shape)
+
+
+def _squares(w: Array, a: Array, b: Array, *, inputs: int) -> Float[Array, "*out"]:
+    """Sums of squares of W + A B over these inputs, fp32: w [*in, *out], a [*in, r], b [r, *out]."""
+    own = tuple(range(inputs))
+    wide, narrow = widen(w, a.astype(w.dtype))
+    product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    mixed = product(narrow, wide, ((own, own), ((), ())))  # A^T W: [r, *out]
+    gram = jnp.tensordot(a, a, (own, own))
+    squares = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=own)
+    return squares + jnp.sum(b * (2 * mixed + jnp.tensordot(gram, b, 1)), axis=0)
 
 
 @runtime_checkable
@@ -99,6 +164,8 @@ class Bound:
     layers: Mapping[str, Any] = field(default_factory=dict)  # target -> Projection
     embed: Any = None  # EmbedProjection | None
     head: Any = None  # Projection | None
+    prefix: Float[Array, "b m d"] | None = None  # in place of the first m tokens' embeddings; b may be 1
+    shared: Any = None  # arrays that all layers use, kept out of the scan: projections find them in their Site
 
 
 BASE = Bound()

@@ -48,6 +48,7 @@ class Context(NamedTuple):
     segments: Int[Array, "b s"] | None
     rows: Rows
     indices: Int[Array, "b s"] | None  # slots of the new tokens in the cache; None: no cache, or an empty one
+    shared: Any = None  # what all layers' projections share (`Bound.shared`)
 
 
 def forward(
@@ -75,13 +76,26 @@ def forward(
     if positions is None:
         counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         positions = jnp.broadcast_to(counted if indices is None else indices, tokens.shape)
-    ropes = {"full": config.rope, "sliding": config.rope_sliding}
-    rotations = tuple(rotation(ropes[kind], config.head_dim, positions) for kind in config.kinds)
-    context = Context(config, layout, rotations, segments, rows, indices)
+    context = context_of(config, layout, positions, segments, rows, indices, bound.shared)
     x = layout.constrain(_embed(params, tokens, context, bound), "batch", "seq_sharded", None)
     x, kv = _scan_layers(x, params.layers, bound, None if cache is None else cache.kv, context, remat)
     x = rms_norm(x, params.final_norm, config)
     return x, None if cache is None or kv is None else Cache(kv, cache.lengths)
+
+
+def context_of(
+    config: ModelConfig,
+    layout: Layout,
+    positions: Int[Array, "b s"],
+    segments: Int[Array, "b s"] | None,
+    rows: Rows,
+    indices: Int[Array, "b s"] | None = None,
+    shared: Any = None,
+) -> Context:
+    """What the layers of a forward pass share."""
+    ropes = {"full": config.rope, "sliding": config.rope_sliding}
+    rotations = tuple(rotation(ropes[kind], config.head_dim, positions) for kind in config.kinds)
+    return Context(config, layout, rotations, segments, rows, indices, shared)
 
 
 def rms_norm(x: Float[Array, "*b w"], weight: Float[Array, " w"], config: ModelConfig) -> Float[Array, "*b w"]:
@@ -98,7 +112,12 @@ def _embed(params: Params, tokens: Array, context: Context, bound: Bound) -> Arr
     if bound.embed is not None:
         vectors = bound.embed.embed(tokens, vectors)
     # transformers rounds the scale to the weights' dtype before it multiplies
-    return vectors * jnp.asarray(context.config.embed_scale, vectors.dtype)
+    vectors = vectors * jnp.asarray(context.config.embed_scale, vectors.dtype)
+    if bound.prefix is None or context.indices is not None:  # the cache holds the prefix already
+        return vectors
+    slots = bound.prefix.shape[1]
+    prefix = jnp.broadcast_to(bound.prefix.astype(vectors.dtype), (vectors.shape[0], slots, vectors.shape[2]))
+    return jnp.concatenate([prefix, vectors[:, slots:]], axis=1)
 
 
 def _scan_layers(
@@ -112,10 +131,14 @@ def _scan_layers(
         x, kv = carry
         return block(x, *xs, kv), None
 
-    numbers = jnp.arange(config.layers, dtype=jnp.int32)
-    kinds = jnp.array([config.kinds.index(kind) for kind in config.layer_kinds], jnp.int32)
-    (x, kv), _ = jax.lax.scan(step, (x, kv), (layers, bound.layers, numbers, kinds))
+    (x, kv), _ = jax.lax.scan(step, (x, kv), (layers, bound.layers, *layer_numbers(config)))
     return x, kv
+
+
+def layer_numbers(config: ModelConfig) -> tuple[Int[Array, " L"], Int[Array, " L"]]:
+    """(number, kind) of every layer."""
+    kinds = [config.kinds.index(kind) for kind in config.layer_kinds]
+    return jnp.arange(config.layers, dtype=jnp.int32), jnp.array(kinds, jnp.int32)
 
 
 def _remat(block: Any, remat: Remat) -> Any:
@@ -141,7 +164,7 @@ def _block(
 
     def linear(target: str, x: Array) -> Array:
         dense = dense_of(layer, target, context)
-        y = project(x, dense, adapters.get(target), Site(target, number), context.rows)
+        y = project(x, dense, adapters.get(target), Site(target, number, context.shared), context.rows)
         if target in _TO_RESIDUAL:
             # Backward, both the weight and the adapter need the whole sequence: gather it once for both.
             y = context.layout.constrain_gradient(y, "batch", None, None)

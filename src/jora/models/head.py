@@ -46,6 +46,18 @@ class TableDense(Dense):
     def _product(self, x: Array) -> Array:
         return vocab_product(x, self.weight, self.layout)
 
+    def column_norm(self, a: Float[Array, "d r"], b: Float[Array, "r v"]) -> Float[Array, " v"]:
+        return Dense(self.weight.T, None, self.in_axes, self.out_axes, self.layout).column_norm(a, b)
+
+
+def dense_of(params: Params, layout: Layout) -> TableDense:
+    """The frozen output layer."""
+    return _dense(params.embed if params.head is None else params.head, layout)
+
+
+def _dense(table: Array, layout: Layout) -> TableDense:
+    return TableDense(table, None, (None,), ("vocab",), layout)
+
 
 def _head(params: Params, bound: Bound) -> Head:
     return Head(params.embed if params.head is None else params.head, bound.head)
@@ -56,7 +68,7 @@ def _padded_logits(
 ) -> Float[Array, "b n v"]:
     """fp32 logits over the padded vocabulary; padding words can never win."""
     hidden = layout.constrain(hidden, "batch_gathered", None, None)
-    dense = TableDense(head.table, None, (None,), ("vocab",), layout)
+    dense = _dense(head.table, layout)
     site = Site("lm_head", jnp.int32(config.layers))
     logits = project(hidden, dense, head.projection, site, rows)
     logits = layout.constrain(logits, "batch_gathered", None, "vocab").astype(jnp.float32)

@@ -8,20 +8,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from jora.errors import InputError
+from jora.models.bitsandbytes import QuantisedSource
 from jora.models.config import ModelConfig
-from jora.models.params import Params, map_params
+from jora.models.params import Params, abstract_stack, map_params, pieces_of
 from jora.models.source import TensorSource
 from jora.models.tensors import TensorSpec, all_specs, norm_specs, weight_specs
+from jora.quant import HostTensor, Kind, QuantisedWeight, host_type
 from jora.sharding import Layout
 
 PIECE = 8 << 20  # bytes converted at a time: what a tensor costs beyond its own copy
@@ -51,8 +54,18 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def load_params(source: TensorSource, config: ModelConfig, layout: Layout, dtype: Any, on_tensor: Any = None) -> Params:
-    """All weights on their devices in `dtype`. `on_tensor(count)` is told of every tensor read."""
+def load_params(
+    source: TensorSource,
+    config: ModelConfig,
+    layout: Layout,
+    dtype: Any,
+    on_tensor: Any = None,
+    quant: Kind | None = None,
+) -> Params:
+    """All weights on their devices in `dtype`. `on_tensor(count)` is told of every tensor read.
+
+    quant: the linear layers' weights are quantised as they are read, or taken as the source stores them.
+    """
     check_tensors(source, config)
     numpy_dtype = np.dtype(dtype)
     count = itertools.count(1)
@@ -74,9 +87,11 @@ def load_params(source: TensorSource, config: ModelConfig, layout: Layout, dtype
             on_tensor(next(count))
         return array
 
-    def stack(specs: list[TensorSpec], shape: tuple[int, ...]) -> Array:
+    def stack(specs: list[TensorSpec], shape: tuple[int, ...]) -> Any:
+        if quant is not None and specs[0].outputs:
+            return _load_quantised(source, specs, layout, quant, lambda: on_tensor and on_tensor(next(count)))
         sharding = layout.sharding((None, *specs[0].axes), shape)
-        whole = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+        whole = _zeros(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
         for number, spec in enumerate(specs):
             whole = _put(whole, tensor(spec, shape[1:]), number)
             whole.block_until_ready()
@@ -91,6 +106,37 @@ def load_params(source: TensorSource, config: ModelConfig, layout: Layout, dtype
         return array
 
     return map_params(config, top, stack)
+
+
+def _load_quantised(
+    source: TensorSource, specs: list[TensorSpec], layout: Layout, quant: Kind, on_tensor: Callable[[], Any]
+) -> QuantisedWeight:
+    """A stack of quantised weights, one at a time: the host holds one in few bits, and some MiB of it dense."""
+    abstract = abstract_stack(specs, layout, quant)
+    pieces = pieces_of(specs[0], layout)
+    fields = abstract.fields(pieces)
+    stacks = {name: _zeros(getattr(abstract, name)) for name in fields}
+    shardings = {name: NamedSharding(layout.mesh, field.spec) for name, field in fields.items()}
+    for number, spec in enumerate(specs):
+        for name, array in _quantised(source, spec, quant).arrays(pieces).items():
+            placed = jax.make_array_from_callback(array.shape, shardings[name], array.__getitem__)
+            stacks[name] = _put(stacks[name], placed, number).block_until_ready()
+        on_tensor()
+    return type(abstract)(shape=abstract.shape, **stacks)
+
+
+def _quantised(source: TensorSource, spec: TensorSpec, quant: Kind) -> HostTensor:
+    if isinstance(source, QuantisedSource):
+        return source.stored(spec.name)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return source.read(spec.name, (slice(start, stop), slice(None)))
+
+    return host_type(quant).quantise(spec.hf_shape, rows, PIECE // 4)  # type: ignore[arg-type]
+
+
+def _zeros(abstract: jax.ShapeDtypeStruct) -> Array:
+    return jax.jit(partial(jnp.zeros, abstract.shape, abstract.dtype), out_shardings=abstract.sharding)()
 
 
 def _load_table(
@@ -202,8 +248,11 @@ def _fill(
 def fingerprint(source: TensorSource, config: ModelConfig) -> str:
     """A short identity of the base: every norm, and the first row of every layer's matrices (sha256).
 
-    Reading all of a 70B model for a hash would cost minutes; any training of the base moves these.
+    Reading all of a 70B model for a hash would cost minutes; any training of the base moves these. A model
+    that was quantised here keeps the identity of the one that it was made from.
     """
+    if isinstance(source, QuantisedSource) and source.fingerprint is not None:
+        return source.fingerprint
     digest = hashlib.sha256()
     for layer in range(config.layers):
         for spec in (*norm_specs(config, layer).values(), *weight_specs(config, layer).values()):

@@ -14,12 +14,14 @@ from jaxtyping import Array, Float, Int
 from jora.errors import InputError
 from jora.models import decoder, head
 from jora.models.adapted import BASE, Rows
+from jora.models.bitsandbytes import QuantisedSource, open_quantised
 from jora.models.config import ModelConfig
 from jora.models.families import config_from_hf
 from jora.models.loading import fingerprint, load_params
 from jora.models.params import Params
 from jora.models.source import SafetensorsSource, TensorSource, read_json
 from jora.models.tensors import all_specs
+from jora.quant import Kind, QuantisedWeight, host_type
 from jora.reporting import SILENT, Reporter
 from jora.sharding import Layout, MeshSpec, build_layout, parse_mesh
 
@@ -51,6 +53,17 @@ class Model:
     def dtype(self) -> Any:
         return self.params.embed.dtype
 
+    @property
+    def quant(self) -> Kind | None:
+        """How the linear layers' weights are quantised; None where they are not."""
+        weight = next(iter(self.params.layers.weights.values()))
+        return weight.kind if isinstance(weight, QuantisedWeight) else None
+
+    def check_method(self, method: Any) -> None:
+        """Raise InputError for a method that needs the dense weights of a base that is quantised."""
+        if self.quant is not None and "dense_weight" in method.needs:
+            raise InputError(f"{method.name} needs the base's dense weights: load the model without quant={self.quant}")
+
     def parts_of(self, adapter: Any) -> tuple[Any, Any]:
         """(method, state) of an adapter that fits this model, (None, None) of None; else InputError."""
         if adapter is None:
@@ -58,6 +71,7 @@ class Model:
         if adapter.config != self.config:
             theirs, ours = (f"{c.family} {c.layers} x {c.embed}" for c in (adapter.config, self.config))
             raise InputError(f"the adapter was made for a {theirs} (layers x width), this model is a {ours}")
+        self.check_method(adapter.method)
         return adapter.method, adapter.state
 
     def __call__(
@@ -66,32 +80,40 @@ class Model:
         adapter: Any = None,
         positions: Int[Array, "b s"] | None = None,
         segments: Int[Array, "b s"] | None = None,
+        instance: Float[Array, "b h"] | None = None,
     ) -> Float[Array, "b s vocab"]:
         """Next-token logits, float32, of int32 tokens [batch, seq].
 
         segments: 0 marks padding, equal numbers see each other (needed for packed or left-padded rows).
-        positions: for the rotary embedding, counted from 0 by default.
+        positions: for the rotary embedding, counted from 0 by default. instance: a vector of each row's prompt, for
+        an adapter that asks for one (`adapter.method.instances(model, prompts)`).
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         method, state = self.parts_of(adapter)
-        return _logits(self.params, state, tokens, positions, segments, self.config, self.layout, method)
+        if method is not None and method.prompt_slots and not (positions is None and segments is None):
+            raise InputError(f"{method.name}: each row is one sequence padded on the right: no positions or segments")
+        return _logits(self.params, state, tokens, positions, segments, instance, self.config, self.layout, method)
 
 
-@partial(jax.jit, static_argnums=(5, 6, 7))
+@partial(jax.jit, static_argnums=(6, 7, 8))
 def _logits(
     params: Params,
     state: Any,
     tokens: Array,
     positions: Array | None,
     segments: Array | None,
+    instance: Array | None,
     config: ModelConfig,
     layout: Layout,
     method: Any,
 ) -> Array:
-    rows = Rows()
+    rows = Rows(instance=instance)
+    reserved = 0 if method is None else method.prompt_slots
+    tokens = jnp.pad(tokens, ((0, 0), (reserved, 0)))
     bound = BASE if method is None else method.bind(state, rows)
+    params = params if method is None else method.base(state, params)
     hidden, _ = decoder.forward(params, config, layout, tokens, positions, segments, bound=bound, rows=rows)
-    return head.logits(params, config, layout, hidden, bound, rows)
+    return head.logits(params, config, layout, hidden[:, reserved:], bound, rows)
 
 
 def load_model(
@@ -99,23 +121,37 @@ def load_model(
     *,
     dtype: Any = "auto",
     mesh: str | MeshSpec | None = None,
+    quant: Kind | None = None,
     reporter: Reporter = SILENT,
 ) -> Model:
     """Load a Hugging Face model directory, a hub id or a .gguf file onto the devices of `mesh`.
 
     dtype "auto" is bfloat16 on accelerators and float32 on a CPU. mesh is like "fsdp=2,tensor=4"; None is
-    one device. Raises InputError for whatever cannot be computed exactly as transformers does.
+    one device. quant "int8" or "nf4" keeps the linear layers' weights in few bits; a directory that holds
+    them so (`save_model`, transformers with bitsandbytes) is loaded as it is. Raises InputError for whatever
+    cannot be computed exactly as transformers does.
     """
     local = resolve(path)
     source, hf_config, tokenizer = open_model(local)
+    quant = _quant(quant, source)
     config = config_from_hf(hf_config)
     layout = build_layout(parse_mesh(mesh), config.kv_heads)
     total = sum(1 for _ in all_specs(config))
     reporter.start(total, f"loading {Path(path).name}")
-    params = load_params(source, config, layout, _dtype(dtype), reporter.update)
+    params = load_params(source, config, layout, _dtype(dtype), reporter.update, quant)
     reporter.finish()
     identity = {"name": str(path), "fingerprint": fingerprint(source, config)}
     return Model(params, config, layout, hf_config, str(local), identity, tokenizer)
+
+
+def _quant(quant: Kind | None, source: TensorSource) -> Kind | None:
+    if quant is not None:
+        host_type(quant)
+    if not isinstance(source, QuantisedSource):
+        return quant
+    if quant not in (None, source.kind):
+        raise InputError(f"the model is stored as {source.kind}; quant={quant} needs the unquantised model")
+    return source.kind
 
 
 def _dtype(dtype: Any) -> Any:
@@ -155,7 +191,7 @@ def open_model(path: Path) -> tuple[TensorSource, dict[str, Any], Any]:
         return source, source.hf_config, gguf_tokenizer(path)
     if not path.is_dir():
         raise InputError(f"{path}: not a model directory and not a .gguf file")
-    return SafetensorsSource(path), read_json(path / "config.json"), None
+    return *open_quantised(SafetensorsSource(path), read_json(path / "config.json")), None
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jora.models.config import ModelConfig
 from jora.models.tensors import TensorSpec, bias_specs, norm_specs, top_specs, weight_specs
+from jora.quant import Kind, Pieces, QuantisedWeight, host_type
 from jora.sharding import Layout
 
 
@@ -24,7 +25,7 @@ class Layers:
     """All layers, stacked: a scan hands the decoder one slice of every leaf."""
 
     norms: dict[str, Float[Array, "L w"]]
-    weights: dict[str, Float[Array, "L ..."]]  # target -> [L, *in, *out]
+    weights: dict[str, Any]  # target -> [L, *in, *out], or a QuantisedWeight of such a stack
     biases: dict[str, Float[Array, "L ..."]]  # target -> [L, *out]
 
 
@@ -60,13 +61,25 @@ def map_params(config: ModelConfig, top: Any, stack: Any) -> Params:
     return Params(table(specs["embed"]), layers, top(specs["final_norm"], (config.embed,)), head)
 
 
-def abstract_params(config: ModelConfig, layout: Layout, dtype: Any = jnp.float32) -> Params:
+def pieces_of(spec: TensorSpec, layout: Layout) -> Pieces:
+    """How a linear layer's weight lies on the devices."""
+    return Pieces.of(layout, spec.shape, spec.axes, spec.outputs)
+
+
+def abstract_stack(specs: list[TensorSpec], layout: Layout, quant: Kind) -> QuantisedWeight:
+    """A stack of quantised weights, layer by layer in `specs`: shapes, dtypes and shardings."""
+    return host_type(quant).weight.abstract(len(specs), specs[0].shape, pieces_of(specs[0], layout))
+
+
+def abstract_params(config: ModelConfig, layout: Layout, dtype: Any = jnp.float32, quant: Kind | None = None) -> Params:
     """The parameters' shapes, dtypes and shardings without any memory, for planning and compiling."""
 
     def top(spec: TensorSpec, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(spec.axes, shape))
 
-    def stack(specs: list[TensorSpec], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def stack(specs: list[TensorSpec], shape: tuple[int, ...]) -> Any:
+        if quant is not None and specs[0].outputs:
+            return abstract_stack(specs, layout, quant)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding((None, *specs[0].axes), shape))
 
     return map_params(config, top, stack)

@@ -18,21 +18,32 @@ import numpy as np
 from jora.errors import InputError
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers cuts its files at
-_CODES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
+_CODES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.int32): "I32",
+}
 
 
 class Entry(NamedTuple):
-    """One tensor to write: `blocks()` gives its rows in order, a few MiB at a time, in any float dtype."""
+    """One tensor to write: `blocks()` gives its rows in order, a few MiB at a time, in any float dtype.
+
+    dtype: of this tensor in the file (uint8, int8 and int32 too), whatever the others'; None: as the others.
+    """
 
     name: str
     shape: tuple[int, ...]
     blocks: Callable[[], Iterable[np.ndarray]]
+    dtype: np.dtype[Any] | None = None
 
 
 def write_safetensors(
     path: Path, entries: Sequence[Entry], dtype: np.dtype, on_tensor: Callable[[], None] | None = None
 ) -> None:
-    """Write `entries` to one file in `dtype` (float32, float16 or bfloat16). Memory: one block.
+    """Write `entries` to one file in `dtype` (float32, float16 or bfloat16) or their own. Memory: one block.
 
     Raises InputError for a value that float16 cannot hold.
     """
@@ -40,7 +51,8 @@ def write_safetensors(
     offset = 0
     for entry in entries:
         end = offset + _nbytes(entry, dtype)
-        header[entry.name] = {"dtype": _CODES[dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
+        code = _CODES[_dtype(entry, dtype)]
+        header[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned
@@ -48,7 +60,7 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for entry in entries:
-            written = sum(file.write(_bytes(block, entry.name, dtype)) for block in entry.blocks())
+            written = sum(file.write(_bytes(block, entry.name, _dtype(entry, dtype))) for block in entry.blocks())
             if written != _nbytes(entry, dtype):
                 raise RuntimeError(f"{entry.name}: {written} bytes were written, its shape {entry.shape} asks for more")
             if on_tensor is not None:
@@ -90,7 +102,11 @@ def _shards(entries: Iterable[Entry], dtype: np.dtype, max_bytes: int) -> Iterat
 
 
 def _nbytes(entry: Entry, dtype: np.dtype) -> int:
-    return math.prod(entry.shape) * dtype.itemsize
+    return math.prod(entry.shape) * _dtype(entry, dtype).itemsize
+
+
+def _dtype(entry: Entry, others: np.dtype) -> np.dtype:
+    return others if entry.dtype is None else entry.dtype
 
 
 def _bytes(block: np.ndarray, name: str, dtype: np.dtype) -> memoryview:

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +20,15 @@ from jaxtyping import Array
 
 from jora.errors import InputError
 from jora.files import atomic_directory
+from jora.models.bitsandbytes import FINGERPRINT
 from jora.models.config import ModelConfig
 from jora.models.model import Model
-from jora.models.params import Params
+from jora.models.params import Params, pieces_of
 from jora.models.safetensors_file import MAX_SHARD_BYTES, Entry, write_sharded
 from jora.models.tensors import TensorSpec, bias_specs, norm_specs, top_specs, weight_specs
+from jora.quant import HostTensor, QuantisedWeight, host_type
 from jora.reporting import SILENT, Reporter
+from jora.sharding import Layout
 
 BLOCK = 4 << 20  # bytes of fp32 handled at a time
 
@@ -48,11 +51,12 @@ _COMPANIONS = (
 class DeviceTensor(NamedTuple):
     """A checkpoint tensor on the devices: `array`, or one layer of a stack.
 
-    site: (adapter target, layer number) of a weight that an adapter may change; None for norms and biases.
+    site: (target, layer number), under which a method may change the tensor while it is merged: a linear's name,
+    or like "q_proj.bias", "input_norm", "final_norm".
     """
 
     spec: TensorSpec
-    array: Array
+    array: Array | QuantisedWeight
     layer: int | None = None
     site: tuple[str, int | None] | None = None
 
@@ -63,6 +67,7 @@ class DeviceTensor(NamedTuple):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Units [start, stop) in Hugging Face's layout and the device's dtype."""
+        assert not isinstance(self.array, QuantisedWeight)  # `blocks` fetches such a weight once
         bounds = [(0, size) for size in self.spec.shape]
         cut = len(bounds) - self.spec.outputs if self.spec.outputs else 0
         bounds[cut] = (start, stop)
@@ -72,13 +77,28 @@ class DeviceTensor(NamedTuple):
         return box.reshape(-1) if self.spec.name.endswith(".bias") else box
 
     def blocks(self, change: Callable[[np.ndarray, slice], np.ndarray] | None = None) -> Iterator[np.ndarray]:
-        """All rows in order, `BLOCK` bytes at a time; `change(block, rows)` may replace each."""
+        """All rows in order, `BLOCK` bytes at a time; `change(block, rows)` may replace each.
+
+        Those of a quantised weight are what it stands for, in fp32.
+        """
         rows_each = self.spec.hf_shape[0] // self.units
         step = max(1, BLOCK * self.units // (4 * math.prod(self.spec.shape)))
+        whole = self.quantised() if isinstance(self.array, QuantisedWeight) else None
         for start in range(0, self.units, step):
             stop = min(start + step, self.units)
-            block = self.read(start, stop)
-            yield block if change is None else change(block, slice(start * rows_each, stop * rows_each))
+            rows = slice(start * rows_each, stop * rows_each)
+            block = self.read(start, stop) if whole is None else whole.dense(rows.start, rows.stop)
+            yield block if change is None else change(block, rows)
+
+    def quantised(self) -> HostTensor:
+        """A quantised weight in its files' form."""
+        weight, layer = self.array, self.layer
+        assert isinstance(weight, QuantisedWeight)
+        leaves = jax.tree.leaves(weight)
+        pieces = pieces_of(self.spec, Layout(leaves[0].sharding.mesh))
+        fields = weight.fields(pieces)
+        arrays = {n: read_box(getattr(weight, n), layer, [(0, size) for size in f.shape]) for n, f in fields.items()}
+        return host_type(weight.kind).collect(arrays, pieces)
 
 
 def device_tensors(params: Params, config: ModelConfig) -> Iterator[DeviceTensor]:
@@ -87,12 +107,12 @@ def device_tensors(params: Params, config: ModelConfig) -> Iterator[DeviceTensor
     yield DeviceTensor(tops["embed"], params.embed, site=("embed_tokens", None))
     for number in range(config.layers):
         for name, spec in norm_specs(config, number).items():
-            yield DeviceTensor(spec, params.layers.norms[name], number)
+            yield DeviceTensor(spec, params.layers.norms[name], number, (f"{name}_norm", number))
         for name, spec in weight_specs(config, number).items():
             yield DeviceTensor(spec, params.layers.weights[name], number, (name, number))
         for name, spec in bias_specs(config, number).items():
-            yield DeviceTensor(spec, params.layers.biases[name], number)
-    yield DeviceTensor(tops["final_norm"], params.final_norm)
+            yield DeviceTensor(spec, params.layers.biases[name], number, (f"{name}.bias", number))
+    yield DeviceTensor(tops["final_norm"], params.final_norm, site=("final_norm", None))
     if params.head is not None:
         yield DeviceTensor(tops["head"], params.head, site=("lm_head", None))
 
@@ -131,20 +151,44 @@ def save_model(
 ) -> None:
     """Write a Hugging Face model directory in the model's dtype: weights, config.json, tokenizer.
 
+    Quantised weights are written as bitsandbytes and transformers write them, the same from every mesh.
     An existing model directory is replaced when the new one is whole. Raises InputError for an existing
     directory that is no model's.
     """
-    entries = [Entry(t.spec.name, t.spec.hf_shape, t.blocks) for t in device_tensors(model.params, model.config)]
+    dtype, hf_config = np.dtype(model.dtype), dict(model.hf_config)
+    if model.quant is not None:
+        hf_config["quantization_config"] = host_type(model.quant).quantization_config(dtype.name)
+        hf_config[FINGERPRINT] = model.identity["fingerprint"]
     write_model(
         directory,
-        entries,
-        dtype=np.dtype(model.dtype),
-        hf_config=model.hf_config,
+        _entries(list(device_tensors(model.params, model.config)), dtype),
+        dtype=dtype,
+        hf_config=hf_config,
         source=Path(model.path),
         tokenizer=model._tokenizer,
         max_shard_bytes=max_shard_bytes,
         reporter=reporter,
     )
+
+
+def _entries(tensors: list[DeviceTensor], dtype: np.dtype) -> Iterator[Entry]:
+    """What a file holds of these; a quantised weight is several tensors, and fetched once for all of them."""
+
+    @lru_cache(maxsize=1)
+    def stored(number: int) -> dict[str, np.ndarray]:
+        tensor = tensors[number]
+        return tensor.quantised().stored(tensor.spec.name, dtype.name)
+
+    def part(number: int, name: str) -> list[np.ndarray]:
+        return [stored(number)[name]]
+
+    for number, tensor in enumerate(tensors):
+        spec, weight = tensor.spec, tensor.array
+        if not isinstance(weight, QuantisedWeight):
+            yield Entry(spec.name, spec.hf_shape, tensor.blocks)
+            continue
+        for name, (shape, kind) in host_type(weight.kind).stored_shapes(spec.name, spec.hf_shape).items():
+            yield Entry(name, shape, partial(part, number, name), np.dtype(kind))
 
 
 def write_model(

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jora.data.batches import Batches
+from jora.data.batches import Batches, Tokenised, prompt_of
 from jora.methods.method import Adapter
 from jora.models.model import Model
 from jora.reporting import SILENT, Reporter
@@ -21,7 +21,7 @@ from jora.train.examples import Data, load_examples
 from jora.train.feed import batch_options
 from jora.train.loop import Run, TrainResult
 from jora.train.options import TrainOptions
-from jora.train.record import open_directory
+from jora.train.record import INSTANCES, open_directory
 
 
 def train(
@@ -51,13 +51,20 @@ def train(
         KeyboardInterrupt: after a checkpoint was written.
     """
     options = options or TrainOptions()
+    model.check_method(method.method if isinstance(method, Adapter) else method)
     directory = open_directory(out, options.resume)
     examples = load_examples(data, model, options, reporter, "training data")
-    evaluation = None
-    if eval_data is not None:
-        eval_examples = load_examples(eval_data, model, options, reporter, "evaluation data")
-        evaluation = Batches(eval_examples, batch_options(options, model.layout, evaluation=True), options.seed)
-    batches = Batches(examples, batch_options(options, model.layout), options.seed)
+    held_out = None if eval_data is None else load_examples(eval_data, model, options, reporter, "evaluation data")
     adapter = method if isinstance(method, Adapter) else method.init(model, jax.random.key(options.seed))
+
+    def batches_of(examples: list[Tokenised], evaluation: bool = False) -> Batches:
+        slots = adapter.method.prompt_slots
+        cut = batch_options(options, model.layout, evaluation=evaluation, prompt_slots=slots)
+        prompts = [prompt_of(example).tolist() for example in examples]
+        instances = adapter.method.instances(model, prompts, directory / INSTANCES, reporter)
+        return Batches(examples, cut, options.seed, instances)
+
+    batches = batches_of(examples)
+    evaluation = None if held_out is None else batches_of(held_out, evaluation=True)
     run = Run(model, adapter, batches, evaluation, directory, options, reporter)
     return run.execute({"data": data, "eval_data": eval_data})

@@ -19,16 +19,17 @@ from jora.models.model import Model
 from jora.models.params import abstract_params
 from jora.models.source import read_json
 from jora.models.tensors import parameter_count
+from jora.quant import Kind, QuantisedWeight
 from jora.sharding import Layout, MeshSpec, parse_mesh
 from jora.sharding.layout import make_layout
 from jora.train.feed import batch_options
 from jora.train.flops import matmul_flops, matmul_rate
 from jora.train.memory import USABLE, ProgramMemory, free_bytes
-from jora.train.optimizer import make_optimizer
+from jora.train.optimizer import optimizer_for
 from jora.train.options import TrainOptions
 from jora.train.programs import Programs
 from jora.train.remat import POLICIES
-from jora.train.state import abstract_adapter, abstract_train_state
+from jora.train.state import abstract_adapter, abstract_train_state, placement
 from jora.train.step import Program
 
 GIB = 2**30
@@ -102,6 +103,7 @@ def estimate(
     options: TrainOptions | None = None,
     mesh: str | MeshSpec | None = None,
     dtype: Any = "auto",
+    quant: Kind | None = None,
     answers: int = ANSWERS,
     device_gib: float | None = None,
 ) -> Estimate:
@@ -113,6 +115,7 @@ def estimate(
         options: rows (`batch_size`), tokens a row (`max_length`), accumulation, remat, packing.
         mesh: like "fsdp=4"; devices that this machine lacks are simulated (see `sharding.start_devices`).
         dtype: of the base; "auto" is bfloat16 unless the step is to run on this CPU.
+        quant: "int8" or "nf4", as for `load_model`.
         answers: tokens a row that carry loss.
         device_gib: memory of the device that is meant, in GiB; by default this machine's.
 
@@ -128,11 +131,11 @@ def estimate(
     # The CPU's compiler keeps fp32 copies of bfloat16 weights, which says nothing about an accelerator.
     compiled_kind = jnp.dtype(jnp.float32) if device.platform == "cpu" else kind
     available = int(USABLE * (free_bytes(layout) if device_gib is None else device_gib * GIB))
-    cut = batch_options(options, layout)
+    cut = batch_options(options, layout, prompt_slots=method.prompt_slots)
     rows = math.ceil(cut.rows / cut.row_multiple) * cut.row_multiple
-    length = math.ceil(options.max_length / cut.multiple) * cut.multiple
+    length = math.ceil(cut.max_length / cut.multiple) * cut.multiple
     shape = Shape(rows, length, min(answers, length))
-    programs = abstract_programs(config, layout, method, options, compiled_kind)
+    programs = abstract_programs(config, layout, method, options, compiled_kind, quant)
     saved = _weight_bytes(programs.params) * (compiled_kind.itemsize - kind.itemsize) // compiled_kind.itemsize
     for remat in POLICIES if options.remat == "auto" else (options.remat,):
         program = programs.program._replace(remat=remat)
@@ -189,19 +192,28 @@ def _dtype(dtype: Any, device: jax.Device, device_gib: float | None) -> Any:
     return jnp.dtype(jnp.float32 if device.platform == "cpu" and device_gib is None else jnp.bfloat16)
 
 
-def abstract_programs(config: ModelConfig, layout: Layout, method: Any, options: TrainOptions, dtype: Any) -> Programs:
+def abstract_programs(
+    config: ModelConfig,
+    layout: Layout,
+    method: Any,
+    options: TrainOptions,
+    dtype: Any,
+    quant: Kind | None = None,
+) -> Programs:
     """The programs of a run over shapes: nothing is allocated."""
-    params = abstract_params(config, layout, dtype)
+    params = abstract_params(config, layout, dtype, quant)
     model = Model(params, config, layout, {}, "", {})
+    model.check_method(method)
     shapes = jax.eval_shape(lambda key: method.init(model, key).state, jax.random.key(0))
     adapter = abstract_adapter(method, shapes, config, layout)
-    optimizer = make_optimizer(options, total_steps=1000)
+    optimizer = optimizer_for(method, options, 1000, config, layout, adapter.trained)
     state = abstract_train_state(adapter.trained, optimizer, layout)
-    program = Program(config, layout, method, optimizer, "none")
-    return Programs(program, state, adapter.constant, params, options)
+    program = Program(config, layout, method, optimizer, "none", placement(state, layout))
+    return Programs(program, state, adapter.constant, method.rest(params), options)
 
 
 def _weight_bytes(params: Any) -> int:
-    """Bytes of the weights on one device."""
-    leaves = jax.tree.leaves(params)
+    """Bytes on one device of the weights that are in the model's dtype."""
+    weights = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantisedWeight))
+    leaves = (x for x in weights if not isinstance(x, QuantisedWeight))
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

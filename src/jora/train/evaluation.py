@@ -22,7 +22,9 @@ def evaluation_loss(
         host = batches.build(step)
         layout, packed = programs.program.layout, programs.options.packing
         run = programs.evaluate[step.shape]
-        total, _ = run(trained, constant, params, to_devices(host, layout, packed=packed, stacked=False))
+        instances = batches.instances_of(step)
+        batch = to_devices(host, layout, packed=packed, stacked=False, instances=instances)
+        total, _ = run(trained, constant, params, batch)
         sums.append(total)  # read at the end, so that the devices never wait
         answers += float(host[0].answer_weights.sum())
         reporter.update(number)

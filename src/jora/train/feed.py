@@ -1,6 +1,6 @@
 """Batches from the host to the devices: in which order, and which axis of which array is cut how.
 
-Shape legend: m micro-batches, b rows, s tokens a row, n answer positions a row.
+Shape legend: m micro-batches, b rows, s tokens a row, n answer positions a row, h width of a row's instance vector.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float32
 
 from jora.data.batches import Batch, Batches, BatchOptions, Shape, Step
 from jora.models.head import Answers
@@ -31,20 +32,24 @@ _FIELDS = {
     "answer_targets": ("mbn", np.int32),
     "answer_weights": ("mbn", np.float32),
     "row_ids": ("mb", np.int32),
+    "instance": ("mbh", np.float32),
 }
 
 
-def batch_options(options: TrainOptions, layout: Layout, *, evaluation: bool = False) -> BatchOptions:
+def batch_options(
+    options: TrainOptions, layout: Layout, *, evaluation: bool = False, prompt_slots: int = 0
+) -> BatchOptions:
     """How the data is cut into batches that the mesh divides."""
     return BatchOptions(
         rows=options.batch_size,
         accumulation=1 if evaluation else options.accumulation,
-        max_length=options.max_length,
+        max_length=options.max_length + prompt_slots,
         # The residual stream is cut along the sequence between blocks.
         multiple=math.lcm(LENGTH_MULTIPLE, layout.tensor_shards),
         packing=options.packing,
         row_multiple=layout.batch_shards,
         shuffle=not evaluation,
+        prompt_slots=prompt_slots,
     )
 
 
@@ -77,19 +82,30 @@ def _gather(field: Callable[[str], Any], packed: bool) -> MicroBatches:
     answers = Answers(field("answer_positions"), field("answer_targets"), field("answer_weights"))
     # Without packing a row is one example, padded on the right: causal attention needs no segments.
     segments = field("segments") if packed else None
-    return MicroBatches(field("tokens"), field("positions"), segments, answers, field("row_ids"))
+    return MicroBatches(
+        field("tokens"), field("positions"), segments, answers, field("row_ids"), instance=field("instance")
+    )
 
 
 def _axes(sizes: str) -> tuple[str | None, ...]:
     return tuple("batch" if size == "b" else None for size in sizes)
 
 
-def to_devices(batches: Sequence[Batch], layout: Layout, *, packed: bool, stacked: bool = True) -> MicroBatches:
+def to_devices(
+    batches: Sequence[Batch],
+    layout: Layout,
+    *,
+    packed: bool,
+    stacked: bool = True,
+    instances: Float32[np.ndarray, "m b h"] | None = None,
+) -> MicroBatches:
     """The micro-batches of one step on their devices; with `stacked` off the one batch, without axis m."""
 
-    def field(name: str) -> jax.Array:
+    def field(name: str) -> jax.Array | None:
+        value = instances if name == "instance" else np.stack([getattr(batch, name) for batch in batches])
+        if value is None:
+            return None
         sizes, _ = _FIELDS[name]
-        value = np.stack([getattr(batch, name) for batch in batches])
         value, sizes = (value, sizes) if stacked else (value[0], sizes[1:])
         return jax.device_put(value, layout.sharding(_axes(sizes), value.shape))
 
@@ -97,13 +113,21 @@ def to_devices(batches: Sequence[Batch], layout: Layout, *, packed: bool, stacke
 
 
 def abstract_batches(
-    shape: Shape, accumulation: int, layout: Layout, *, packed: bool, stacked: bool = True
+    shape: Shape,
+    accumulation: int,
+    layout: Layout,
+    *,
+    packed: bool,
+    stacked: bool = True,
+    instance_width: int = 0,
 ) -> MicroBatches:
     """What `to_devices` returns for batches of `shape`, as shapes, dtypes and shardings alone."""
-    lengths = {"m": accumulation, "b": shape.rows, "s": shape.length, "n": shape.answers}
+    lengths = {"m": accumulation, "b": shape.rows, "s": shape.length, "n": shape.answers, "h": instance_width}
 
-    def field(name: str) -> jax.ShapeDtypeStruct:
+    def field(name: str) -> jax.ShapeDtypeStruct | None:
         sizes, dtype = _FIELDS[name]
+        if not all(lengths[size] for size in sizes):
+            return None
         sizes = sizes if stacked else sizes[1:]
         lengths_ = tuple(lengths[size] for size in sizes)
         return jax.ShapeDtypeStruct(lengths_, dtype, sharding=layout.sharding(_axes(sizes), lengths_))

@@ -30,12 +30,12 @@ from jora.train.feed import Schedule, to_devices
 from jora.train.interrupt import delayed_interrupt
 from jora.train.memory import free_bytes, peak_bytes
 from jora.train.metrics import Line, MetricsFile
-from jora.train.optimizer import learning_rate, make_optimizer
+from jora.train.optimizer import learning_rate, optimizer_for
 from jora.train.options import TrainOptions
 from jora.train.programs import Programs, abstract_params_of
 from jora.train.record import identity, write_config
 from jora.train.remat import choose_remat
-from jora.train.state import abstract_adapter, abstract_train_state, first_train_state
+from jora.train.state import abstract_adapter, abstract_train_state, first_train_state, placement
 from jora.train.step import Program
 
 RATE_STEPS = 10  # tokens/s is over this many steps: a step that is read late would distort its own rate
@@ -89,10 +89,11 @@ class Run:
         self.directory = directory
         self.schedule = Schedule(batches, options.epochs, options.max_steps)
         self.total = self.schedule.total
-        self.optimizer = make_optimizer(options, self.total)
         self.checkpoints = Checkpoints(directory / "checkpoints", options.keep_checkpoints)
         state = abstract_adapter(adapter.method, adapter.state, model.config, self.layout)
+        self.optimizer = optimizer_for(adapter.method, options, self.total, model.config, self.layout, state.trained)
         self.abstract = abstract_train_state(state.trained, self.optimizer, self.layout)
+        self.params = adapter.method.rest(model.params)
         self.constant = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), adapter.state.constant, state.constant)
         self.abstract_constant = state.constant
         self.adapter = adapter
@@ -103,14 +104,15 @@ class Run:
     def execute(self, given: dict[str, Any]) -> TrainResult:
         """Set up, train, and write the result."""
         saved = self._saved_progress()
-        self.state = first_train_state(self.adapter, self.abstract, self.optimizer)
+        if saved is None:
+            self.state = first_train_state(self.adapter, self.abstract, self.optimizer)
         self.programs, remat = self._compile(saved)
         self.progress = saved or Progress(self.identity, remat)
         if saved is None:
             about = {"rematerialisation": remat, "steps": self.total, **_short_identity(self.identity)}
             write_config(self.directory, self.model, self.adapter, self.options, about, given)
         else:
-            self.state = self.checkpoints.restore(saved.step, self.abstract)
+            self._restore(saved.step)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl", keep_until=self.progress.step)
         self.started = time.monotonic() - self.metrics.seconds
         self.last_read = time.monotonic()
@@ -120,7 +122,21 @@ class Run:
             self._train()
             return self._result()
         finally:
+            self._hand_back()
             self.metrics.close()
+
+    def _restore(self, step: int) -> None:
+        """The state of a checkpoint; what it replaces is freed first, for it may fill the devices."""
+        if self.adapter.method.in_place:
+            old = self.state if hasattr(self, "state") else self.adapter.state.trained
+            jax.tree.map(lambda leaf: leaf.delete(), old)
+        self.state = self.checkpoints.restore(step, self.abstract)
+
+    def _hand_back(self) -> None:
+        """A method that trains in place took over the model's weights: the model gets them as they are now."""
+        if self.adapter.method.in_place:
+            state = State(self.state.trained, self.constant)
+            self.model.params = self.adapter.method.base(state, self.params)
 
     def _saved_progress(self) -> Progress | None:
         """Of the checkpoint to continue from, or None to start at step 0."""
@@ -138,8 +154,9 @@ class Run:
     def _compile(self, saved: Progress | None) -> tuple[Programs, Remat]:
         """All programs of the run, and the rematerialisation that was chosen (a resumed run keeps its own)."""
         shapes = self.schedule.shapes
-        program = Program(self.model.config, self.layout, self.adapter.method, self.optimizer, "none")
-        params = abstract_params_of(self.model)
+        held = placement(self.abstract, self.layout)
+        program = Program(self.model.config, self.layout, self.adapter.method, self.optimizer, "none", held)
+        params = self.adapter.method.rest(abstract_params_of(self.model))
         programs = Programs(program, self.abstract, self.abstract_constant, params, self.options)
         remat: Remat
         if self.options.remat != "auto":
@@ -179,9 +196,10 @@ class Run:
         number = self.progress.step
         epoch, planned = self.schedule.step(number)
         host = self.batches.build(planned)
-        on_devices = to_devices(host, self.layout, packed=self.options.packing)
+        instances = self.batches.instances_of(planned)
+        on_devices = to_devices(host, self.layout, packed=self.options.packing, instances=instances)
         run = self.programs.train[planned.shape]
-        self.state, metrics = run(self.state, self.constant, self.model.params, on_devices, self.seed)
+        self.state, metrics = run(self.state, self.constant, self.params, on_devices, self.seed)
         before = self.pending
         self.pending = _Pending(number + 1, epoch, metrics, *_count(host))
         self.progress.step = number + 1
@@ -243,7 +261,7 @@ class Run:
         progress = self.progress
         assert self.evaluation is not None
         loss, answers = evaluation_loss(
-            self.evaluation, self.programs, self.state.trained, self.constant, self.model.params, self.reporter
+            self.evaluation, self.programs, self.state.trained, self.constant, self.params, self.reporter
         )
         best = progress.best_loss is None or loss < progress.best_loss
         if best:
@@ -282,14 +300,13 @@ class Run:
         return found
 
     def _result(self) -> TrainResult:
-        from jora.methods.peft_format import save_adapter
-
-        progress, state = self.progress, self.state
+        progress = self.progress
         if progress.best_step not in (None, progress.step):
-            state = self.checkpoints.restore(progress.best_step, self.abstract)
-        adapter = dataclasses.replace(self.adapter, state=State(state.trained, self.constant))
-        save_adapter(adapter, self.directory / "adapter")
-        self.reporter.note(f"adapter of step {int(state.step)} in {self.directory / 'adapter'}")
+            self._restore(progress.best_step)
+        adapter = dataclasses.replace(self.adapter, state=State(self.state.trained, self.constant))
+        self._hand_back()
+        written = adapter.method.save_result(adapter, self.model, self.directory)
+        self.reporter.note(f"{written.name} of step {int(self.state.step)} in {written}")
         return TrainResult(
             adapter, self.metrics.history, self.directory, progress.step, progress.best_step, progress.best_loss
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -12,10 +12,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from jora.errors import InputError
+from jora.methods.method import Method
+from jora.models.config import ModelConfig
+from jora.optim.adam import Moments, scale_by_adam
+from jora.optim.galore import GaLore
+from jora.optim.matrices import layer_blocks, layer_matrices, table_blocks
+from jora.optim.model import CLIP_EPSILON, Direct, ModelOptimizer
+from jora.sharding import Layout
 from jora.train.options import TrainOptions
-
-# torch.nn.utils.clip_grad_norm_ adds this to the norm that it divides by.
-CLIP_EPSILON = 1e-6
 
 
 def warmup_steps(options: TrainOptions, total_steps: int) -> int:
@@ -48,22 +53,117 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
+def scale_updates(rates: Any) -> optax.GradientTransformation:
+    """Multiply the updates, leaf for leaf: the same as learning rates (and decays) that many times as large."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda rate, u: u if rate == 1.0 else rate * u, rates, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(options: TrainOptions, total_steps: int, rates: Any = None) -> optax.GradientTransformation:
     """Clipping, then AdamW (arXiv 1711.05101) on everything that trains, then the schedule.
 
-    Equal arguments give the same object: it is a static argument of the train step, which must not be
-    compiled again for an equal run.
+    rates: `Method.rates`, what the learning rate of each leaf is multiplied by. Equal arguments give the same
+    object: it is a static argument of the train step, which must not be compiled again for an equal run.
     """
-    names = ("learning_rate", "schedule", "warmup", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm")
-    return _make(TrainOptions(**{name: getattr(options, name) for name in names}), total_steps)
+    leaves, structure = jax.tree.flatten(rates)
+    return _make(_numbers(options, _ADAMW), total_steps, tuple(leaves), structure)
+
+
+def optimizer_for(
+    method: Method, options: TrainOptions, total_steps: int, config: ModelConfig, layout: Layout, trained: Any
+) -> optax.GradientTransformation | ModelOptimizer:
+    """The optimiser of what `method` trains; `trained` may be shapes.
+
+    Raises:
+        InputError: GaLore, or updates inside the backward pass, where the model's own weights are frozen; a rank
+            above a matrix's smaller side.
+    """
+    if method.in_place:
+        optimizer = _make_model_optimizer(_numbers(options, _ADAMW + _GALORE), total_steps, config, layout)
+        jax.eval_shape(optimizer.init, trained)  # the rank is checked here, before anything is compiled
+        return optimizer
+    for name, asked in (("optimizer", options.optimizer.startswith("galore")), ("layerwise", options.layerwise)):
+        if asked:
+            raise InputError(
+                f"training option {name} is {getattr(options, name)}: it trains the model's own weights, which "
+                f"method {method.name} leaves frozen; use method full"
+            )
+    return make_optimizer(options, total_steps, method.rates(trained))
+
+
+TABLE_ELEMENTS = 1 << 23  # of the vocabulary's tables are updated at a time: 32 MiB of each fp32 temporary
+_ADAMW = (
+    *("learning_rate", "schedule", "warmup", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm"),
+    "optimizer",
+)
+_GALORE = (
+    *("galore_rank", "galore_scale", "galore_refresh", "galore_projection", "galore_svd", "galore_stagger"),
+    *("layerwise", "clip_projected", "seed", "accumulation"),
+)
+
+
+def _numbers(options: TrainOptions, names: tuple[str, ...]) -> TrainOptions:
+    """Those options alone, so that runs that differ in others share an optimiser."""
+    return TrainOptions(**{name: getattr(options, name) for name in names})
 
 
 @lru_cache(maxsize=32)
-def _make(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
+def _make_model_optimizer(
+    options: TrainOptions, total_steps: int, config: ModelConfig, layout: Layout
+) -> ModelOptimizer:
+    """AdamW or GaLore of the model's own weights, a layer at a time."""
+    galore = options.optimizer.startswith("galore")
+
+    moments: Moments = "int8" if options.optimizer.endswith("8bit") else "float32"
+    adam = partial(scale_by_adam, options.beta1, options.beta2, options.epsilon, moments=moments)
+    inner = adam(keep=layer_blocks(config, options.galore_rank if galore else None))
+    layer: GaLore | Direct = Direct(inner)
+    if galore:
+        layer = GaLore(
+            inner,
+            options.galore_rank,
+            options.galore_scale,
+            options.galore_refresh,
+            layer_matrices(config),
+            options.galore_projection,
+            options.galore_svd,
+            options.galore_stagger,
+            config.layers,
+            layout.mesh,
+            options.seed,
+        )
+    return ModelOptimizer(
+        adam(keep=table_blocks, at_once=TABLE_ELEMENTS),
+        layer,
+        lambda step: learning_rate(step, options, total_steps, jnp),
+        options.weight_decay,
+        options.max_grad_norm,
+        options.layerwise,
+        options.clip_projected,
+    )
+
+
+@lru_cache(maxsize=32)
+def _make(
+    options: TrainOptions, total_steps: int, rates: tuple[float, ...], structure: Any
+) -> optax.GradientTransformation:
     def schedule(count: Any) -> Float[Array, ""]:
         return learning_rate(count, options, total_steps, jnp)
 
     adamw = optax.adamw(
         schedule, b1=options.beta1, b2=options.beta2, eps=options.epsilon, weight_decay=options.weight_decay
     )
-    return optax.chain(clip_by_norm(options.max_grad_norm), adamw) if options.max_grad_norm else adamw
+    if options.optimizer == "adamw8bit":
+        adamw = optax.chain(
+            scale_by_adam(options.beta1, options.beta2, options.epsilon, moments="int8"),
+            optax.add_decayed_weights(options.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+    parts = [clip_by_norm(options.max_grad_norm)] if options.max_grad_norm else []
+    parts.append(adamw)
+    if rates:
+        parts.append(scale_updates(jax.tree.unflatten(structure, rates)))
+    return optax.chain(*parts) if len(parts) > 1 else adamw

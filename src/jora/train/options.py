@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jora.data.tokenise import OverLong
 from jora.errors import InputError
+
+Optimizer = Literal["adamw", "adamw8bit", "galore", "galore8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,24 @@ class TrainOptions:
     """AdamW: added to the root of the mean of squares."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    optimizer: Optimizer = "adamw"
+    """AdamW, with moments in 8 bit (adamw8bit), or GaLore for the weights of method full, also in 8 bit."""
+    galore_rank: int = 128
+    """GaLore: rank of each layer's projected gradient; at most a matrix's smaller side."""
+    galore_scale: float = 0.25
+    """GaLore: what the learning rate is multiplied by for projected matrices."""
+    galore_refresh: int = 200
+    """GaLore: steps between new projections of a matrix."""
+    galore_projection: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """GaLore: how a projection is stored."""
+    galore_svd: Literal["exact", "randomised"] = "randomised"
+    """GaLore: how a projection is computed; exact costs several times as much on large matrices."""
+    galore_stagger: bool = True
+    """GaLore: spread the new projections of all matrices over the steps between; off, all at the same step."""
+    layerwise: bool = False
+    """Method full: update each layer inside the backward pass, so that gradients of one layer exist at a time."""
+    clip_projected: bool = False
+    """With layerwise GaLore: clip by the norm of the projected gradients, which saves a second pass."""
     max_length: int = 2048
     """Most tokens of an example, and with packing the length of every row."""
     too_long: OverLong = "shorten"
@@ -68,6 +88,18 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not fits(value):
                 raise InputError(f"training option {name} is {value}: it must be {rule}")
+        if self.clip_projected and not (self.layerwise and self.optimizer.startswith("galore")):
+            raise InputError("training option clip_projected: only a layerwise GaLore step has a projected norm")
+        if self.layerwise and self.accumulation > 1 and self.max_grad_norm and not self.clip_projected:
+            raise InputError(
+                "training option layerwise: with accumulation the whole gradient never exists, so its norm is not "
+                "known: set clip_projected (GaLore), or max_grad_norm to 0"
+            )
+        if self.layerwise and self.accumulation > 1 and not self.optimizer.startswith("galore"):
+            raise InputError(
+                "training option layerwise: accumulating whole gradients needs the memory that it saves: use "
+                "accumulation 1, or optimizer galore"
+            )
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
@@ -84,12 +116,16 @@ def _one_of(*values: str) -> _Rule:
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("epochs", "max_steps", "batch_size", "accumulation"), _POSITIVE),
     **dict.fromkeys(("eval_every", "patience", "save_every", "keep_checkpoints", "log_every"), _POSITIVE),
-    **dict.fromkeys(("learning_rate", "epsilon"), _ABOVE_ZERO),
+    **dict.fromkeys(("galore_rank", "galore_refresh"), _POSITIVE),
+    **dict.fromkeys(("learning_rate", "epsilon", "galore_scale"), _ABOVE_ZERO),
     **dict.fromkeys(("warmup", "beta1", "beta2"), _SHARE),
     **dict.fromkeys(("weight_decay", "max_grad_norm"), _NOT_NEGATIVE),
     "max_length": ("at least 2", lambda value: value >= 2),
     "seed": ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
     "schedule": _one_of("cosine", "linear", "constant"),
+    "optimizer": _one_of(*get_args(Optimizer)),
+    "galore_projection": _one_of("float32", "bfloat16", "int8"),
+    "galore_svd": _one_of("exact", "randomised"),
     "too_long": _one_of("shorten", "drop", "error"),
     "remat": _one_of("auto", "none", "selective", "full"),
 }

@@ -38,7 +38,7 @@ class Programs:
 
     def trace_train(self, shape: Shape, program: Program) -> Any:
         """The traced train step of `shape` (a `jax.stages.Traced`)."""
-        batches = abstract_batches(shape, self.options.accumulation, program.layout, packed=self.options.packing)
+        batches = self._batches(shape, self.options.accumulation, program)
         seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=program.layout.sharding(()))
         return train_step.trace(self.state, self.constant, self.params, batches, seed, program=program)
 
@@ -49,9 +49,19 @@ class Programs:
     def compile_evaluate(self, shape: Shape) -> Any:
         """The executable evaluation of one batch of `shape`."""
         program = self.program
-        batch = abstract_batches(shape, 1, program.layout, packed=self.options.packing, stacked=False)
+        batch = self._batches(shape, 1, program, stacked=False)
         return self._compile(
             eval_step.lower(self.state.trained, self.constant, self.params, batch, program=program), program
+        )
+
+    def _batches(self, shape: Shape, accumulation: int, program: Program, stacked: bool = True) -> Any:
+        return abstract_batches(
+            shape,
+            accumulation,
+            program.layout,
+            packed=self.options.packing,
+            stacked=stacked,
+            instance_width=program.method.instance_width(program.config),
         )
 
     def _compile(self, lowered: Any, program: Program) -> Any:

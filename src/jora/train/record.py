@@ -12,10 +12,12 @@ from jora import __version__
 from jora.errors import InputError
 from jora.files import atomic_write
 from jora.methods.method import Adapter
+from jora.methods.storage import method_options
 from jora.models.model import Model
 from jora.train.options import TrainOptions
 
 CONFIG = "config.yaml"
+INSTANCES = "instances.safetensors"  # vectors of the data's prompts, for the methods that need them
 # These may differ when a run is resumed: they change what is shown and kept, not what is computed.
 FREE = ("save_every", "keep_checkpoints", "log_every", "resume", "remat")
 
@@ -28,25 +30,15 @@ def identity(
     return {
         "base fingerprint": model.identity.get("fingerprint"),
         "dtype": str(model.dtype),
+        "quant": model.quant,
         "mesh": {axis: int(size) for axis, size in model.layout.mesh.shape.items()},
-        "method": type(adapter.method).__name__,
+        "method": adapter.method.name,
         **{f"method option {k}": v for k, v in method_options(adapter.method).items()},
         **{f"option {k}": v for k, v in numbers.items()},
         "number of steps": total_steps,
         "training data": data,
         "evaluation data": eval_data,
     }
-
-
-def method_options(method: Any) -> dict[str, Any]:
-    """A method's options as plain JSON / YAML values."""
-    return {field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def write_config(
@@ -69,9 +61,11 @@ def write_config(
     values = {
         "model": model.identity.get("name", model.path),
         "dtype": str(model.dtype),
+        "quant": model.quant,
         "mesh": ",".join(f"{axis}={size}" for axis, size in (*mesh.items(), ("tensor", tensor))),
         **{name: os.fspath(value) for name, value in data.items() if isinstance(value, str | os.PathLike)},
         "out": os.fspath(directory),
+        "method": adapter.method.name,
         **method_options(adapter.method),
         **dataclasses.asdict(options),
     }
@@ -91,7 +85,8 @@ def open_directory(out: str | os.PathLike[str], resume: bool) -> Path:
     holds_run = (directory / CONFIG).exists()
     if holds_run and not resume:
         raise InputError(f"{directory} holds a run already: resume it, or give another directory")
-    if not holds_run and directory.exists() and any(directory.iterdir()):
+    # Vectors that a failed start had computed are used again.
+    if not holds_run and directory.exists() and any(path.name != INSTANCES for path in directory.iterdir()):
         raise InputError(f"{directory} is not empty and holds no run: give a new directory")
     if not holds_run and resume:
         raise InputError(f"{directory} holds no run to resume: leave resume off to start one")

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jora.methods.method import Adapter, State
 from jora.models.config import ModelConfig
+from jora.optim.placement import place
 from jora.sharding import Layout
 from jora.train.step import TrainState
 
@@ -23,22 +23,25 @@ def abstract_adapter(method: Any, state: State, config: ModelConfig, layout: Lay
     return jax.tree.map(lambda leaf, axes: _placed(leaf, layout.sharding(axes, leaf.shape)), state, method.axes(config))
 
 
-def abstract_train_state(trained: Any, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
-    """The whole training state for abstract `trained`; moments lie where their parameters lie."""
+def abstract_train_state(trained: Any, optimizer: Any, layout: Layout) -> TrainState:
+    """The whole training state for abstract `trained`; what an optimiser keeps of a leaf lies where the leaf lies."""
     whole = layout.sharding(())
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda leaf, parameter: _placed(leaf, parameter.sharding),
-        jax.eval_shape(optimizer.init, trained),
-        trained,
-        transform_non_params=lambda leaf: _placed(leaf, whole),
-    )
+    moments = place(jax.eval_shape(optimizer.init, trained), trained, whole, optimizer)
     return TrainState(trained, moments, _placed(jax.eval_shape(lambda: jnp.int32(0)), whole))
 
 
-def first_train_state(adapter: Adapter, abstract: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0. A copy of the adapter's arrays: the train step donates its state, the caller keeps the adapter."""
+def first_train_state(adapter: Adapter, abstract: TrainState, optimizer: Any) -> TrainState:
+    """Step 0. A copy of the adapter's arrays: the train step donates its state, the caller keeps the adapter.
+
+    A method that trains in place gives up the model's own arrays instead.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    trained = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), adapter.state.trained, shardings.trained)
+    take = (lambda x: x) if adapter.method.in_place else jnp.copy
+    trained = jax.tree.map(lambda x, s: jax.device_put(take(x), s), adapter.state.trained, shardings.trained)
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)
     return TrainState(trained, moments, jax.device_put(jnp.int32(0), shardings.step))
+
+
+def placement(abstract: TrainState, layout: Layout) -> tuple[Any, ...] | None:
+    """The shardings of the state's leaves, for `Program`; None on one device, where there is nothing to say."""
+    return None if layout.devices == 1 else tuple(leaf.sharding for leaf in jax.tree.leaves(abstract))

@@ -24,6 +24,7 @@ from jora.models.config import ModelConfig
 from jora.models.decoder import Remat
 from jora.models.head import Answers, answer_loss
 from jora.models.params import Params
+from jora.optim.model import ModelOptimizer
 from jora.sharding import Layout
 
 
@@ -43,6 +44,7 @@ class MicroBatches(NamedTuple):
     segments: Int[Array, "m b s"] | None
     answers: Answers  # leaves [m, b, n]
     row_ids: Int[Array, "m b"]  # a row's number in the step's global batch: keys dropout
+    instance: Float[Array, "m b h"] | None = None  # a vector of each row's prompt, for methods that ask for one
 
 
 class Program(NamedTuple):
@@ -51,8 +53,9 @@ class Program(NamedTuple):
     config: ModelConfig
     layout: Layout
     method: Any
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | ModelOptimizer
     remat: Remat
+    placement: tuple[Any, ...] | None = None  # shardings of the state's leaves, which a step must not change
 
 
 def batch_loss(
@@ -65,7 +68,8 @@ def batch_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "b n"]]:
     """(sum of weight * nll, nll of every answer position) of one micro-batch (leaves without m)."""
     config, layout = program.config, program.layout
-    rows = Rows(dropout)
+    rows = Rows(dropout, instance=batch.instance)
+    params = program.method.base(State(trained, constant), params)
     bound = program.method.bind(State(trained, constant), rows)
     hidden, _ = decoder.forward(
         params,
@@ -108,7 +112,8 @@ def gradients(
     def accumulate(carry: Any, micro: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, one(*micro)), None
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+    # Sums are fp32, also those of the gradients of 16-bit weights.
+    zero = (jnp.float32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained))
     return jax.lax.scan(accumulate, zero, (batches, seeds))[0]
 
 
@@ -124,11 +129,25 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update. `state` is donated. Returns the new state and {"loss", "grad_norm"} (fp32 scalars)."""
     seeds = fold_all(seed, state.step, batches.row_ids)
-    loss, grads = gradients(state.trained, constant, params, batches, seeds, program)
-    updates, optimizer = program.optimizer.update(grads, state.optimizer, state.trained)
-    trained = optax.apply_updates(state.trained, updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(trained, optimizer, state.step + 1), metrics
+    optimizer = program.optimizer
+    if isinstance(optimizer, ModelOptimizer) and optimizer.layerwise:
+        from jora.train.layerwise import layerwise_update
+
+        loss, norm, trained, moments = layerwise_update(state, params, batches, seeds, program)
+    else:
+        loss, grads = gradients(state.trained, constant, params, batches, seeds, program)
+        if isinstance(optimizer, ModelOptimizer):
+            trained, moments, norm = optimizer.step(grads, state.optimizer, state.trained)
+        else:
+            updates, moments = optimizer.update(grads, state.optimizer, state.trained)
+            trained, norm = optax.apply_updates(state.trained, updates), optax.tree.norm(grads)
+    new = TrainState(trained, moments, state.step + 1)
+    if program.placement is not None:
+        structure: Any
+        leaves, structure = jax.tree.flatten(new)
+        held = map(jax.lax.with_sharding_constraint, leaves, program.placement)
+        new = structure.unflatten(list(held))
+    return new, {"loss": loss, "grad_norm": norm}
 
 
 @partial(jax.jit, static_argnames="program")

@@ -1,0 +1,143 @@
+"""A text encoder by name: a BERT or RoBERTa directory in JAX, or a sentence-transformers directory (`[dense]`)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float32
+
+from jora.encoders.bert import hidden_states, load_params
+from jora.encoders.config import config_from_hf
+from jora.errors import InputError
+from jora.models.model import load_tokenizer, resolve
+from jora.models.source import SafetensorsSource, read_json
+from jora.reporting import SILENT, Reporter
+
+ROWS = 16  # texts on the device at a time
+SHORTEST = 16  # tokens of the smallest batch; others are powers of two, so that few programs are compiled
+SENTENCE_TRANSFORMERS = "modules.json"  # what such a directory has and no other
+
+
+class Encoder(Protocol):
+    """Frozen: equal texts have equal vectors, whatever they are encoded with."""
+
+    @property
+    def width(self) -> int:
+        """Elements of a vector."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that training the encoder would change."""
+        ...
+
+    def encode(self, texts: Sequence[str], reporter: Reporter = SILENT) -> Float32[np.ndarray, "n h"]:
+        """A vector a text. Loads the weights, and keeps none of them."""
+        ...
+
+
+def open_encoder(name: str) -> Encoder:
+    """The encoder of a directory or a hub id; its weights are read when they are needed.
+
+    Raises InputError where there is none, or one of an architecture that is not computed here.
+    """
+    path = resolve(name)
+    if not path.is_dir():
+        raise InputError(f"encoder {name}: not a model directory; give a BERT, RoBERTa or sentence-transformers one")
+    return SentenceEncoder(path) if (path / SENTENCE_TRANSFORMERS).is_file() else BertEncoder(path)
+
+
+class BertEncoder:
+    """BERT or RoBERTa. A text's vector is the last hidden state of its first token ([CLS], <s>).
+
+    Longer texts lose their beginning, as in the reference of LoPA: what is asked stands at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.path)
+
+    def encode(self, texts: Sequence[str], reporter: Reporter = SILENT) -> Float32[np.ndarray, "n h"]:
+        ids = self.tokens(texts)
+        params = load_params(SafetensorsSource(self.path), self.config, str(self.path))
+        vectors = np.zeros((len(ids), self.width), np.float32)
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        reporter.start(len(ids), "encoding prompts")
+        for start in range(0, len(order), ROWS):
+            members = order[start : start + ROWS]
+            tokens, mask = self._padded([ids[i] for i in members])
+            hidden = hidden_states(params, tokens, mask, config=self.config)
+            vectors[members] = np.asarray(hidden[: len(members), 0])
+            reporter.update(start + len(members))
+        reporter.finish()
+        return vectors
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids with [CLS] and [SEP], at most as many as the encoder has positions."""
+        tokenizer = load_tokenizer(self.path)
+        tokenizer.truncation_side = "left"
+        return tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens)["input_ids"] if texts else []
+
+    def _padded(self, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        longest = max(map(len, ids))
+        length = min(max(SHORTEST, 1 << (longest - 1).bit_length()), self.config.max_tokens)
+        tokens = np.full((ROWS, length), self.config.pad_id, np.int32)
+        lengths = np.ones((ROWS, 1), np.int32)
+        for row, found in enumerate(ids):
+            tokens[row, : len(found)] = found
+            lengths[row] = len(found)
+        return tokens, np.arange(length) < lengths
+
+
+class SentenceEncoder:
+    """Whatever sentence-transformers computes (extra `[dense]`; it brings torch with it), pooling included."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def width(self) -> int:
+        return self.encode(["a"]).shape[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.path)
+
+    def encode(self, texts: Sequence[str], reporter: Reporter = SILENT) -> Float32[np.ndarray, "n h"]:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise InputError(
+                f"encoder {self.path}: needs sentence-transformers: pip install 'jora[dense]', or give a BERT or "
+                "RoBERTa directory"
+            ) from None
+        reporter.start(len(texts), "encoding prompts")
+        model: Any = SentenceTransformer(str(self.path))
+        vectors = np.asarray(model.encode(list(texts), show_progress_bar=False), np.float32)
+        reporter.finish()
+        return vectors
+
+
+def fingerprint(path: Path) -> str:
+    """Of every tensor's name, shape and first row: reading all of it would cost more than encoding does."""
+    source = SafetensorsSource(path)
+    found = hashlib.sha256()
+    for name in sorted(source.names()):
+        shape = source.shape(name)
+        found.update(f"{name} {shape}".encode())
+        first = tuple(slice(0, 1 if len(shape) > 1 and axis == 0 else n) for axis, n in enumerate(shape))
+        found.update(source.read(name, first).tobytes())
+    return found.hexdigest()[:16]

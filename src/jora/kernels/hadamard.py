@@ -1,0 +1,74 @@
+"""The product of x with W * sum_j in_j out_j^T (element by element), which never makes that matrix.
+
+    y = sum_j out_j * ((in_j * x) W)
+
+One matrix product with r times the rows, between two element-wise ones. Each row of the batch may bring its own
+vectors, at no further cost. Over several devices a cut input is summed last, after the r terms: devices exchange
+what one product by W exchanges, whatever r is; the same holds for the gradient of x.
+
+Shape legend: *in, *out dimensions of the site, b rows, s tokens, r components, n = b, or 1 where all rows share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jora.kernels.widen import widen
+from jora.sharding import Layout
+
+Axes = Sequence[str | None]
+
+
+def hadamard_product(
+    x: Float[Array, "b s *in"],
+    weight: Float[Array, "*in *out"],
+    inputs: Float[Array, "n r *in"],
+    outputs: Float[Array, "n r *out"],
+    in_axes: Axes,
+    out_axes: Axes,
+    layout: Layout,
+) -> Float[Array, "b s *out"]:
+    """x (W * sum_j inputs_j outputs_j^T), in x's dtype with fp32 sums.
+
+    in_axes, out_axes: logical axes of the site's activations, by which x, W and the vectors are cut.
+    """
+    if layout.devices == 1:
+        return _local(x, weight, inputs, outputs, ())
+    rows = "batch" if inputs.shape[0] > 1 else None
+    own = len(in_axes)
+    spec = layout.spec((*in_axes, *out_axes), weight.shape)
+    shared = [part for part in spec[:own] if part is not None]
+    over = tuple(name for part in shared for name in ((part,) if isinstance(part, str) else part))
+    x_spec = layout.spec(("batch", None, *in_axes), x.shape)
+    out_shape = (*x.shape[:2], *weight.shape[own:])
+    product: Array = jax.shard_map(
+        partial(_local, over=over),
+        mesh=layout.mesh,
+        in_specs=(
+            x_spec,
+            spec,
+            layout.spec((rows, None, *in_axes), inputs.shape),
+            layout.spec((rows, None, *out_axes), outputs.shape),
+        ),
+        out_specs=layout.spec(("batch", None, *out_axes), out_shape),
+        check_vma=False,
+    )(x, weight, inputs, outputs)
+    return product
+
+
+def _local(x: Array, weight: Array, inputs: Array, outputs: Array, over: tuple[str, ...]) -> Array:
+    """One device's part; `over`: mesh axes that cut the input."""
+    own = x.ndim - 2
+    scaled = (x[:, None].astype(jnp.float32) * inputs[:, :, None]).astype(x.dtype)  # [b, r, s, *in]
+    contract = (tuple(range(3, 3 + own)), tuple(range(own)))
+    left, right = widen(scaled, weight)
+    terms = jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=jnp.float32)
+    terms = terms.astype(x.dtype).astype(jnp.float32)
+    # Not jnp.sum: the CPU compiler of jax 0.10 fuses that with the product and may return what it never wrote.
+    y = sum(terms[:, j] * outputs[:, j, None] for j in range(inputs.shape[1])).astype(x.dtype)  # type: ignore[union-attr]
+    return jax.lax.psum(y, over) if over else y

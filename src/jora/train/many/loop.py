@@ -1,0 +1,371 @@
+"""The loop of many jobs: each runs its own course, all of them share every step.
+
+A job takes a place of its kind, trains, is evaluated and ends on its own; the next waiting job of the kind then
+takes the place. The host works one step ahead of the devices, so a failure is seen a step late; the devices
+themselves have frozen the job by then.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jora.errors import InputError
+from jora.methods.method import Adapter, State
+from jora.models.decoder import Remat
+from jora.models.model import Model
+from jora.reporting import Reporter
+from jora.train.checkpoints import check_same_run
+from jora.train.evaluation import evaluation_loss
+from jora.train.feed import to_devices
+from jora.train.interrupt import delayed_interrupt
+from jora.train.many.feed import JobRows, assemble, job_rows
+from jora.train.many.jobs import ManyOptions
+from jora.train.many.plan import Planned, Prepared, bank_of, choose_programs, group_jobs
+from jora.train.many.programs import SETTING_TYPES, BankPrograms
+from jora.train.many.record import BankCheckpoints, BankProgress, JobProgress, JobResult, write_results
+from jora.train.many.state import empty_arrays
+from jora.train.many.step import Measured, Settings
+from jora.train.memory import peak_bytes
+from jora.train.metrics import MetricsFile
+from jora.train.optimizer import learning_rate
+from jora.train.record import write_config
+
+RATE_STEPS = 10  # the time of a step is the mean over this many
+
+
+@dataclass
+class Running:
+    """A job of this run."""
+
+    prepared: Prepared
+    kind: int
+    directory: Path
+    progress: JobProgress
+    metrics: MetricsFile
+    due: bool = field(default=False)  # its last step asks for an evaluation, or is its last
+
+    @property
+    def name(self) -> str:
+        return self.prepared.job.name
+
+    @property
+    def place(self) -> int:
+        assert self.progress.place is not None
+        return self.progress.place
+
+
+class _Pending(NamedTuple):
+    """A step that was started and whose measurements were not read yet."""
+
+    jobs: list[tuple[Running, int, JobRows]]  # with the number of the job's step, from 1
+    kinds: tuple[int, ...]
+    measured: tuple[Measured, ...]
+
+
+class ManyRun:
+    """One call of `train_many`; `execute` is the order of events."""
+
+    def __init__(
+        self, model: Model, prepared: Sequence[Prepared], directory: Path, options: ManyOptions, reporter: Reporter
+    ) -> None:
+        self.model, self.layout, self.reporter = model, model.layout, reporter
+        self.prepared, self.directory, self.options = prepared, directory, options
+        self.groups = group_jobs(prepared, model, options.at_once)
+        self.programs = BankPrograms(model, self.groups, prepared, options.deterministic)
+        self.checkpoints = BankCheckpoints(directory / "checkpoints", options.keep_checkpoints)
+        self.total = sum(each.schedule.total for each in prepared)
+        self.whole = self.layout.sharding(())
+        self.pending: _Pending | None = None
+        self.recent: deque[float] = deque(maxlen=RATE_STEPS)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the numbers."""
+        own = {f"job {p.job.name}, {k}": v for p in self.prepared for k, v in p.identity.items()}
+        return {"jobs": [p.job.name for p in self.prepared], "at_once": self.options.at_once, **own}
+
+    def execute(self, write_head: Callable[[dict[str, Any]], None]) -> list[JobResult]:
+        """Set up, train, and write the results. `write_head` writes the directory's config.yaml."""
+        identity = self.identity()
+        saved = self._saved_progress(identity)
+        remat = self._compile(saved)
+        if saved is None:
+            jobs = {each.job.name: JobProgress() for each in self.prepared}
+            self.progress = BankProgress(identity, remat, jobs=jobs)
+            write_head({"rematerialisation": remat, "kinds": len(self.groups)})
+            self.arrays = [empty_arrays(each) for each in self.programs.arrays]
+        else:
+            self.progress = saved
+            self.arrays = self.checkpoints.restore(saved.step, self.programs.arrays)  # type: ignore[arg-type, assignment]
+        self.jobs = self._open_jobs()
+        self.started = time.monotonic() - max(job.metrics.seconds for job in self.jobs)
+        self.last_read = time.monotonic()
+        try:
+            self._train()
+            return self._results()
+        finally:
+            for job in self.jobs:
+                job.metrics.close()
+
+    def _saved_progress(self, identity: dict[str, Any]) -> BankProgress | None:
+        """Of the checkpoint to continue from, or None to start at step 0."""
+        if not self.options.resume:
+            return None
+        steps = self.checkpoints.steps()
+        if not steps:
+            self.reporter.note(f"{self.directory}: no checkpoint yet, starting at step 0")
+            return None
+        progress = self.checkpoints.read_progress(steps[-1])
+        check_same_run(progress.identity, identity, self.directory)
+        self.reporter.note(f"resuming after step {progress.step}")
+        return progress
+
+    def _compile(self, saved: BankProgress | None) -> Remat:
+        """All programs of the run, and the rematerialisation that was chosen (a resumed run keeps its own)."""
+        planned = choose_programs(self.groups, self.prepared)
+        remat: Remat
+        if self.options.remat != "auto":
+            remat = self.options.remat  # type: ignore[assignment]
+        elif saved is not None:
+            remat = saved.remat
+        else:
+            remat = self.programs.choose_remat(planned[0])
+        sizes = ", ".join(f"{group.kind.jobs} x {group.kind.method.name}" for group in self.groups)
+        self.reporter.note(f"{len(self.prepared)} jobs, kinds at once: {sizes}; rematerialisation: {remat}")
+        self.programs.compile_all(planned, remat, self.reporter)
+        return remat
+
+    def _open_jobs(self) -> list[Running]:
+        kinds = {job: k for k, group in enumerate(self.groups) for job in group.jobs}
+        opened = []
+        for number, each in enumerate(self.prepared):
+            directory = self.directory / each.job.name
+            directory.mkdir(exist_ok=True)
+            progress = self.progress.jobs[each.job.name]
+            if progress.step == 0:
+                adapter = Adapter(each.job.method, State(None, None), self.model.config)
+                given = {"data": each.job.data, "eval_data": each.job.eval_data}
+                write_config(directory, self.model, adapter, each.job.options, {"trained beside": "others"}, given)
+            metrics = MetricsFile(directory / "metrics.jsonl", keep_until=progress.step)
+            opened.append(Running(each, kinds[number], directory, progress, metrics))
+        return opened
+
+    # --- a step ---
+
+    def _train(self) -> None:
+        self.reporter.start(self.total, "training, steps of jobs")
+        with delayed_interrupt() as interrupt:
+            while running := self._running():
+                self._step(running)
+                if any(job.due for job in running):
+                    self._drain()
+                    self._settle([job for job in running if job.due])
+                if self.progress.step % self.options.save_every == 0:
+                    self._save()
+                if interrupt.asked:
+                    path = self._save()
+                    self.reporter.note(f"interrupted, saved {path}: use resume to go on")
+                    raise KeyboardInterrupt
+            self._save()
+        self.reporter.finish()
+
+    def _running(self) -> list[Running]:
+        """The jobs of the next step: waiting jobs take free places, in their order."""
+        for k, group in enumerate(self.groups):
+            here = [job for job in self.jobs if job.kind == k]
+            taken = {job.place for job in here if job.progress.status == "running"}
+            free = [place for place in range(group.kind.jobs) if place not in taken]
+            waiting = [job for job in here if job.progress.status == "waiting"]
+            for place, job in zip(free, waiting, strict=False):
+                seed = jax.random.key(job.prepared.job.options.seed)
+                first = job.prepared.job.method.init(self.model, seed).state
+                self.arrays[k] = self.programs.moves[k].enter(self.arrays[k], place, first)
+                job.progress.status, job.progress.place = "running", place
+        return [job for job in self.jobs if job.progress.status == "running"]
+
+    def _step(self, running: list[Running]) -> None:
+        """Start one step, then read the measurements of the one before it."""
+        planned = [job.prepared.schedule.step(job.progress.step)[1].shape for job in running]
+        kinds = tuple(sorted({job.kind for job in running}))
+        need = Planned(kinds, max(s.length for s in planned), max(s.answers for s in planned))
+        chosen = self.programs.smallest(need)
+        rows = [job_rows(job.prepared, job.progress.step, chosen) for job in running]
+        bank = bank_of(self.groups, chosen.kinds, self.layout.batch_shards)
+        starts = dict(zip(chosen.kinds, np.cumsum([0, *(kind.jobs for kind in bank.kinds)]).tolist(), strict=False))
+        places = {starts[job.kind] + job.place: each.rows for job, each in zip(running, rows, strict=True)}
+        host = assemble(places, bank, self.programs.parts, chosen)
+        batches = to_devices(host, self.layout, packed=self.programs.packed)
+        measured = self.programs.step(self.arrays, batches, self._settings(running, chosen.kinds), chosen)
+        before = self.pending
+        for job in running:
+            job.progress.step += 1
+            job.due = self._is_due(job)
+        numbered = [(job, job.progress.step, each) for job, each in zip(running, rows, strict=True)]
+        self.pending = _Pending(numbered, chosen.kinds, measured)
+        self.progress.step += 1
+        self._read(before)
+
+    def _settings(self, running: list[Running], kinds: Sequence[int]) -> tuple[Settings, ...]:
+        """What the devices are told about the jobs of each kind."""
+        found = []
+        for k in kinds:
+            # A place without a job: nothing in it moves.
+            values = [(False, 0, 0.0, 0.9, 0.999, 1e-8, 0.0, math.inf)] * self.groups[k].kind.jobs
+            for job in running:
+                if job.kind == k:
+                    values[job.place] = _settings_of(job)
+            columns: Any = zip(zip(*values, strict=True), SETTING_TYPES, strict=True)
+            found.append(Settings(*(np.array(column, dtype) for column, dtype in columns)))
+        placed: tuple[Settings, ...] = jax.device_put(tuple(found), self.whole)
+        return placed
+
+    def _is_due(self, job: Running) -> bool:
+        step, schedule, options = job.progress.step, job.prepared.schedule, job.prepared.job.options
+        if step == schedule.total:
+            return True
+        if job.prepared.evaluation is None:
+            return False
+        return step % options.eval_every == 0 if options.eval_every else schedule.ends_epoch(step)
+
+    # --- what comes back ---
+
+    def _read(self, pending: _Pending | None) -> None:
+        """Wait for a step and write its lines; a job whose loss is not finite has failed."""
+        if pending is None:
+            return
+        measured = dict(zip(pending.kinds, jax.device_get(pending.measured), strict=True))
+        now = time.monotonic()
+        self.recent.append(now - self.last_read)
+        self.last_read = now
+        seconds, memory = sum(self.recent) / len(self.recent), peak_bytes(self.layout)
+        for job, step, rows in pending.jobs:
+            if job.progress.status != "running":  # it failed in the step before, which was read after this one began
+                continue
+            values = Measured(*(x[job.place] for x in measured[job.kind]))
+            if not values.ok:
+                self._fail(job, step, values)
+                continue
+            self._write(job, step, rows, values, seconds, memory, now)
+        done = sum(job.progress.step for job in self.jobs)
+        tokens = sum(rows.tokens for _, _, rows in pending.jobs)
+        self.reporter.update(done, jobs=len(pending.jobs), tokens_per_s=tokens / max(seconds, 1e-9))
+
+    def _write(
+        self, job: Running, step: int, rows: JobRows, values: Measured, seconds: float, memory: int, now: float
+    ) -> None:
+        options, total = job.prepared.job.options, job.prepared.schedule.total
+        if step % options.log_every and step != total:
+            return
+        job.metrics.write(
+            {
+                "step": step,
+                "epoch": rows.epoch,
+                "loss": float(values.loss),
+                "learning_rate": float(learning_rate(step - 1, options, total)),
+                "grad_norm": float(values.grad_norm),
+                "tokens": rows.tokens,
+                "answer_tokens": rows.answer_tokens,
+                "tokens_per_s": round(rows.tokens / max(seconds, 1e-9), 1),
+                "memory_bytes": memory,
+                "seconds": round(now - self.started, 3),
+            }
+        )
+
+    def _fail(self, job: Running, step: int, values: Measured) -> None:
+        job.progress.reason = (
+            f"step {step}: the loss is {float(values.loss)} and the gradient's norm {float(values.grad_norm)}: lower "
+            f"learning_rate (now {job.prepared.job.options.learning_rate}) or raise warmup"
+        )
+        job.progress.step = step - 1
+        self._end(job, "failed")
+
+    def _drain(self) -> None:
+        """Read the step that is under way."""
+        self._read(self.pending)
+        self.pending = None
+
+    # --- a job's own events ---
+
+    def _settle(self, due: list[Running]) -> None:
+        """Evaluate and end the jobs whose turn it is."""
+        for job in due:
+            job.due = False
+            if job.progress.status != "running":
+                continue
+            state = None
+            if job.prepared.evaluation is not None:
+                state = self._evaluate(job)
+            patience = job.prepared.job.options.patience
+            if job.progress.step == job.prepared.schedule.total:
+                if job.prepared.evaluation is None:
+                    self._save_adapter(job, state or self._leave(job))
+                self._end(job, "finished")
+            elif patience is not None and job.progress.evaluations_since_best >= patience:
+                self._end(job, "stopped")
+        self.last_read = time.monotonic()
+
+    def _leave(self, job: Running) -> State:
+        return self.programs.moves[job.kind].leave(self.arrays[job.kind], job.place)
+
+    def _evaluate(self, job: Running) -> State:
+        """Loss of the job's own evaluation data; the adapter of its best is kept. Returns the job's state."""
+        assert job.prepared.evaluation is not None
+        state, progress = self._leave(job), job.progress
+        programs = self.programs.evaluations[job.kind, job.prepared.job.options.packing]
+        loss, answers = evaluation_loss(
+            job.prepared.evaluation, programs, state.trained, state.constant, self.model.params, self.reporter
+        )
+        best = progress.best_loss is None or loss < progress.best_loss
+        if best:
+            progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
+            self._save_adapter(job, state)
+        else:
+            progress.evaluations_since_best += 1
+        seconds = round(time.monotonic() - self.started, 3)
+        line = {"step": progress.step, "eval_loss": loss, "eval_answer_tokens": answers, "best": best}
+        job.metrics.write({**line, "seconds": seconds})
+        return state
+
+    def _save_adapter(self, job: Running, state: State) -> None:
+        adapter = Adapter(job.prepared.job.method, state, self.model.config, dict(self.model.identity))
+        adapter.method.save_result(adapter, self.model, job.directory)
+
+    def _end(self, job: Running, status: Any) -> None:
+        job.progress.status, job.progress.place = status, None
+        self.reporter.note(f"{job.name}: {job.progress.reason or f'{status} after step {job.progress.step}'}")
+
+    def _save(self) -> Path:
+        """A checkpoint of the current step, unless there is one."""
+        self._drain()
+        path = self.checkpoints.path(self.progress.step)
+        if not path.exists():
+            self.checkpoints.save(self.arrays, self.progress)  # type: ignore[arg-type]
+        self.last_read = time.monotonic()
+        return path
+
+    def _results(self) -> list[JobResult]:
+        results = []
+        for job in self.jobs:
+            p = job.progress
+            where = (job.metrics.history, job.directory)
+            results.append(JobResult(job.name, p.status, p.step, *where, p.best_step, p.best_loss, p.reason))
+        write_results(self.directory, results)
+        failed = [result.name for result in results if result.status == "failed"]
+        if len(failed) == len(results):
+            raise InputError(f"every job failed; {failed[0]}: {results[0].reason}")
+        return results
+
+
+def _settings_of(job: Running) -> tuple[Any, ...]:
+    o = job.prepared.job.options
+    rate = float(learning_rate(job.progress.step, o, job.prepared.schedule.total))
+    norm = o.max_grad_norm or math.inf
+    return (True, o.seed, rate, o.beta1, o.beta2, o.epsilon, o.weight_decay, norm)
