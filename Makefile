@@ -8,14 +8,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The tests' oracle; installed on its own first, so that a CPU build is taken where pip knows one.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv demo test lint format clean help
+.PHONY: venv demo test test-slow lint format clean help
 
 help:
-	@echo "make demo    the main job end to end on real input (about ten minutes on two cores)"
-	@echo "make test    the test suite"
-	@echo "make lint    ruff and mypy"
-	@echo "make format  ruff format, import order"
-	@echo "make clean   remove what the targets made"
+	@echo "make demo       the main job end to end on real input (about ten minutes on two cores)"
+	@echo "make test       the test suite, without what takes long"
+	@echo "make test-slow  what takes long: real models, whole runs"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     ruff format, import order"
+	@echo "make clean      remove what the targets made"
 
 venv: $(VENV)/.installed-jora
 
@@ -50,7 +51,10 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/jora demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # A process that a test starts runs this tree, whatever is installed.
@@ -24,6 +25,13 @@ DEVICES = 8
 jax.config.update("jax_num_cpu_devices", DEVICES)
 # The oracles are fp32; TPUs and recent GPUs would otherwise round the inputs of a matmul.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_go() -> Iterator[None]:
+    """Every program on a CPU holds memory maps, of which a process may have so many (Linux: 65,530)."""
+    yield
+    jax.clear_caches()
 
 
 def _has_gpu() -> bool:

@@ -135,7 +135,7 @@ def test_help_shows_the_chosen_methods_options(outside, capsys):
     with pytest.raises(SystemExit):
         read_options(estimate_command.Options, ["--help"], "jora estimate")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--rank" in text and "lora," in text and "outside. `--method NAME --help` shows" in text
+    assert "--rank" in text and "lora," in text and "outside" in text and ". `--method NAME --help` shows" in text
 
 
 @pytest.mark.parametrize("name", registry.BUILT_IN)

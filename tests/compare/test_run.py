@@ -78,6 +78,7 @@ def out(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compared") / "out"
 
 
+@pytest.mark.slow
 def test_every_method_with_every_seed(plan_file, out, executed, capsys):
     jora_command(["compare", str(plan_file), "--out", str(out)])
     assert executed == ["base None", "LoRA r4 1", "too fast 1"]

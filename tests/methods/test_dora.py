@@ -129,6 +129,7 @@ def test_merged_in_transformers(tmp_path: Path) -> None:
         np.testing.assert_allclose(value, theirs[name].numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=2"])
 def test_meshes_equal_one_device(mesh: str) -> None:
     ids, options = tokens(), dict(targets=["q_proj", "o_proj", "down_proj", "lm_head"], rank=2)

@@ -98,6 +98,7 @@ def test_chosen_weights_train_and_others_do_not(tmp_path: Path) -> None:
     assert changed == {"layers.weights.q_proj", "head", "final_norm", "layers.norms.input", "layers.norms.mlp"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gives_the_same_bits_and_the_model_is_the_best_one(tmp_path: Path) -> None:
     chosen = options(
         max_steps=5,

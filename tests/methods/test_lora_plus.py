@@ -79,6 +79,7 @@ def test_equal_rates_share_one_optimizer() -> None:
     assert make_optimizer(OPTIONS, 7) is make_optimizer(OPTIONS, 7, None)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same(tmp_path: Path) -> None:
     """From the checkpoint of step three, bit for bit; and another ratio is another run."""
     draw = np.random.default_rng(0)

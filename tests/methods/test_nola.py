@@ -75,7 +75,7 @@ def _run(trained: Any, constant: Any, params: Any, given: MicroBatches, *, progr
 def explicit(method: NOLA, side: str, target: str, layer: int, units: int) -> np.ndarray:
     """All bases of one factor, float64 [k, units, r], over sqrt(k)."""
     stream = (target_number(target), layer) if method.basis == "unique" else ()
-    keys = basis_keys(method.seed, method.bases, "ab".index(side), *stream)
+    keys = basis_keys(method.basis_seed, method.bases, "ab".index(side), *stream)
     elements = np.arange(units * method.rank, dtype=np.uint32).reshape(units, method.rank)
     return np.asarray(basis(keys, jnp.asarray(elements)), np.float64)[: method.bases] / np.sqrt(method.bases)
 
@@ -84,7 +84,7 @@ def offset(method: NOLA, target: str, layer: int, units: int) -> np.ndarray:
     """A0 [units, r], U(-1/sqrt(in), 1/sqrt(in))."""
     if method.variant == "pure":
         return np.zeros((units, method.rank))
-    key = fold_all(method.seed, 2, target_number(target), layer)[None]
+    key = fold_all(method.basis_seed, 2, target_number(target), layer)[None]
     return np.asarray(uniform(key, jnp.arange(units * method.rank)), np.float64).reshape(units, -1) / np.sqrt(units)
 
 

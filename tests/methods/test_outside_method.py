@@ -37,6 +37,7 @@ def test_it_is_short() -> None:
     assert len(METHOD.splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_trained_stored_generated_and_merged(
     outside: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

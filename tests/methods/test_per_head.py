@@ -129,6 +129,7 @@ def test_exported_as_rank_heads_times_r(options: str, tmp_path: Path) -> None:
     assert patterns["model.layers.0.self_attn.v_proj"] == 2 * method.rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=2"])
 def test_meshes_equal_one_device(mesh: str) -> None:
     single, sharded = base("llama3"), base("llama3", mesh)

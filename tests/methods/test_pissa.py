@@ -154,6 +154,7 @@ def test_dropout_is_of_the_adapter_alone() -> None:
     np.testing.assert_allclose(found, x @ (w - 0.5 * a @ b), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_meshes_equal_one_device(adapter: Adapter) -> None:
     sharded = base("llama3", "fsdp=2,tensor=2")
     there = PiSSA(**OURS).init(sharded, jax.random.key(0))

@@ -120,6 +120,7 @@ def test_copies_are_fp32_and_read_in_the_base_s_dtype() -> None:
         assert ours.dtype == own.dtype
 
 
+@pytest.mark.slow
 def test_trained_resumed_generated_and_merged(tmp_path: Path) -> None:
     _, model = talking("qwen25", tmp_path / "base")
     before = jax.tree.map(np.asarray, model.params)

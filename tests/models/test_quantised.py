@@ -89,6 +89,7 @@ def on_one_device(kind: str) -> Any:
     return load_model(tiny("gemma3", num_hidden_layers=2)[1], quant=kind)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_meshes_compute_and_save_the_same(kind: Any, tmp_path: Path) -> None:
     """Widths of 32 and 48: rows are shorter than a block, and the mesh cuts blocks."""
@@ -165,6 +166,7 @@ def changed(adapter: Adapter) -> Adapter:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mesh"), [("LoRA", None), ("DoRA", "fsdp=2,tensor=2")])
 def test_adapters_on_quantised_weights(name: str, mesh: str | None, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Logits and gradients are those on the dense weights that the quantised ones stand for."""

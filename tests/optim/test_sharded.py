@@ -60,6 +60,7 @@ def single() -> Any:
     return run(None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_mesh_gives_the_same_weights_and_cuts_the_state(single: Any, layerwise: bool) -> None:
     now, abstract, compiled = run("fsdp=2,tensor=2", layerwise=layerwise)

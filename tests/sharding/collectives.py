@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jora.methods.method import Adapter, State
+from jora.methods.method import Adapter, Method, State
 from jora.models.adapted import Bound
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all|collective-broadcast"
@@ -54,10 +54,11 @@ def collectives(text: str) -> Counter[Collective]:
                     sizes = tuple(int(size) for size in shape.split(",") if size)
                     found[Collective(match[2], dtype, sizes)] += times
             trips = _TRIPS.search(line)
-            for role, called in re.findall(r"\b(body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
+            for role, called in re.findall(r"\b(body|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)", line):
                 loops = int(trips[1]) if role == "body" and trips else 1
                 if role != "to_apply" or " call(" in line:
-                    walk(called, times * loops)
+                    for name in re.findall(r"[\w.\-]+", called):
+                        walk(name, times * loops)
 
     walk(entry, 1)
     return found
@@ -86,9 +87,11 @@ class _Shift:
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Method):
     """The program without an adapter: one vector added to all embeddings trains, so that gradients flow back
     through every layer."""
+
+    name = "probe"
 
     def init(self, model: Any, key: Any) -> Adapter:
         return Adapter(self, State({"vector": jnp.zeros(model.config.embed)}, {}), model.config)

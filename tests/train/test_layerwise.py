@@ -81,6 +81,7 @@ def test_it_is_the_ordinary_update(model: Model, clipped: tuple[Any, list[Any]])
     assert all(np.abs(value - start[name]).max() > 1e-3 for name, value in leaves(layerwise.trained).items())
 
 
+@pytest.mark.slow
 def test_in_one_pass_without_clipping_and_with_frozen_weights(model: Model) -> None:
     method = Full(weights=["q_proj", "down_proj", "embed_tokens"])
     ordinary, expected = run(model, method=method, max_grad_norm=0.0, optimizer="adamw8bit")

@@ -26,6 +26,7 @@ from jora.models.model import Model, load_model
 from jora.train import train
 from jora.train.checkpoints import Checkpoints
 from jora.train.examples import digest, load_examples
+from jora.train.loop import Run
 
 
 def mean_loss(model: Model, adapter: Any, data: Any) -> float:
@@ -82,7 +83,7 @@ def test_run_directory(model: Model, tmp_path: Path) -> None:
     # The file starts the same run again.
     chosen = read_options(train_command.Options, ["--config", str(tmp_path / "run" / "config.yaml"), "--data=x"], "")
     assert chosen.training == options(max_steps=None, epochs=2)
-    assert chosen.lora.method() == METHOD
+    assert chosen.build_method() == METHOD
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert not reporter.stack
@@ -193,17 +194,20 @@ def test_stops_at_a_loss_that_is_not_finite(model: Model, adapter: Adapter, tmp_
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_diverging_keeps_the_last_good_checkpoint(model: Model, adapter: Adapter, tmp_path: Path) -> None:
-    broken = dataclasses.replace(model)
+def test_diverging_keeps_the_last_good_checkpoint(
+    model: Model, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step = Run._step
 
-    def poison(step: int) -> None:
-        if step == 3:
-            broken.params = dataclasses.replace(model.params, final_norm=model.params.final_norm * jnp.nan)
+    def poisoned(run: Run) -> None:
+        if run.progress.step == 4:
+            run.params = dataclasses.replace(run.params, final_norm=run.params.final_norm * jnp.nan)
+        take_step(run)
 
-    # Step 3 is read before step 4's checkpoint is made; step 4 was started with good weights.
+    monkeypatch.setattr(Run, "_step", poisoned)
     with pytest.raises(InputError, match=r"step 5: the loss is nan .*the last checkpoint is .*step-00000004"):
         chosen = options(save_every=4)
-        train(broken, adapter, examples(4), out=tmp_path / "run", options=chosen, reporter=Reporter(poison))
+        train(model, adapter, examples(4), out=tmp_path / "run", options=chosen)
     assert Checkpoints(tmp_path / "run" / "checkpoints", 2).steps() == [4]
 
 

@@ -4,7 +4,8 @@
 
 One matrix product with r times the rows, between two element-wise ones. Each row of the batch may bring its own
 vectors, at no further cost. Over several devices a cut input is summed last, after the r terms: devices exchange
-what one product by W exchanges, whatever r is; the same holds for the gradient of x.
+what one product by W exchanges, whatever r is; the same holds for the gradient of x. (A layer that is computed again
+for the backward pass repeats the sum of its down_proj, which the base's own product leaves out.)
 
 Shape legend: *in, *out dimensions of the site, b rows, s tokens, r components, n = b, or 1 where all rows share.
 """
@@ -44,18 +45,16 @@ def hadamard_product(
     spec = layout.spec((*in_axes, *out_axes), weight.shape)
     shared = [part for part in spec[:own] if part is not None]
     over = tuple(name for part in shared for name in ((part,) if isinstance(part, str) else part))
-    x_spec = layout.spec(("batch", None, *in_axes), x.shape)
-    out_shape = (*x.shape[:2], *weight.shape[own:])
     product: Array = jax.shard_map(
         partial(_local, over=over),
         mesh=layout.mesh,
         in_specs=(
-            x_spec,
+            layout.spec(("batch", None, *in_axes), x.shape),
             spec,
             layout.spec((rows, None, *in_axes), inputs.shape),
             layout.spec((rows, None, *out_axes), outputs.shape),
         ),
-        out_specs=layout.spec(("batch", None, *out_axes), out_shape),
+        out_specs=layout.spec(("batch", None, *out_axes), (*x.shape[:2], *weight.shape[own:])),
         check_vma=False,
     )(x, weight, inputs, outputs)
     return product
