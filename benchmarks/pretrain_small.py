@@ -88,7 +88,7 @@ def rows(tokenizer: Any, held_out: bool) -> list[Tokenised]:
 
 
 def methods() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> (method, options); rates are those first guesses, not searched for at a tenth of the steps."""
+    """Name -> (method, options); the rates are first guesses, not searched for."""
     whole = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
     return {
         "adamw": (jora.Full(), dict(learning_rate=2e-3)),

@@ -170,19 +170,20 @@ def _loss_forward(hidden: Any, head: Any, answers: Any, rows: Any, static: Stati
         parts = [next(merged) if t else v for t, v in zip(trains, values, strict=True)]
         return _nll(chunk, jax.tree.unflatten(structure, parts), chunk_answers, rows, static)
 
+    learned = [v for t, v in zip(trains, values, strict=True) if t]
+
     def step(carry: Any, chunk: tuple[Array, Answers]) -> tuple[Any, Any]:
         total, gradients = carry
         part, chunk_answers = chunk
-        trained = [v for t, v in zip(trains, values, strict=True) if t]
-        loss, pull, nll = jax.vjp(lambda h, p: loss_of(h, p, chunk_answers), part, trained, has_aux=True)
+        loss, pull, nll = jax.vjp(lambda h, p: loss_of(h, p, chunk_answers), part, learned, has_aux=True)
         d_hidden, d_trained = pull(jnp.ones_like(loss))
         return (total + loss, [g + d for g, d in zip(gradients, d_trained, strict=True)]), (d_hidden, nll)
 
-    zeros = [jnp.zeros_like(v) for t, v in zip(trains, values, strict=True) if t]
-    start = (jnp.float32(0), zeros)
+    # Summed over the chunks in fp32, whatever a table's own type.
+    start = (jnp.float32(0), [jnp.zeros(v.shape, jnp.float32) for v in learned])
     (total, gradients), (d_hidden, nll) = jax.lax.scan(step, start, _chunks(hidden, answers))
     count = answers.targets.shape[1]
-    remaining = iter(gradients)
+    remaining = iter(g.astype(v.dtype) for g, v in zip(gradients, learned, strict=True))
     d_head = jax.tree.unflatten(structure, [next(remaining) if t else None for t in trains])
     return (total, _join(nll, count)), (_join(d_hidden, count), d_head)
 
