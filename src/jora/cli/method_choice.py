@@ -151,5 +151,5 @@ def _texts(cls: type) -> dict[str, str]:
         for paragraph in inspect.cleandoc(base.__doc__ or "").split("\n\n"):
             _, *parts = heading.split(" ".join(paragraph.split()))
             for names, text in zip(parts[::2], parts[1::2], strict=True):
-                found |= dict.fromkeys(re.split(", | and | / ", names), text[:1].upper() + text[1:].strip())
+                found |= dict.fromkeys(re.split(", | and | / ", names), (text[:1].upper() + text[1:]).strip())
     return found
