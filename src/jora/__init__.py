@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from jora.methods.full import Full
     from jora.methods.ia3 import IA3
     from jora.methods.lopa import IDPG, LoPA
-    from jora.methods.lopa_prompt import PromptTuning
     from jora.methods.lora import LoRA
     from jora.methods.merging import merge
     from jora.methods.nola import NOLA
     from jora.methods.per_head import PerHeadLoRA
     from jora.methods.pissa import PiSSA, save_residual
+    from jora.methods.prompt_tuning import PromptTuning
     from jora.methods.registry import register_method
     from jora.methods.storage import load_adapter, save_adapter
     from jora.methods.vera import VeRA
@@ -48,7 +48,7 @@ _HOMES = {
     "Model": "jora.models.model",
     "PerHeadLoRA": "jora.methods.per_head",
     "PiSSA": "jora.methods.pissa",
-    "PromptTuning": "jora.methods.lopa_prompt",
+    "PromptTuning": "jora.methods.prompt_tuning",
     "VeRA": "jora.methods.vera",
     "evaluate": "jora.inference.evaluate",
     "generate": "jora.inference.generate",

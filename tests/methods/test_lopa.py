@@ -18,8 +18,8 @@ import jora
 from jora.errors import InputError
 from jora.inference.generate import generate_tokens
 from jora.methods.lopa import IDPG, InstancePrompt, LoPA
-from jora.methods.lopa_prompt import PromptTuning
 from jora.methods.method import Adapter, State
+from jora.methods.prompt_tuning import PromptTuning
 from jora.models.adapted import Rows
 from jora.models.model import Model
 from jora.models.params import abstract_params

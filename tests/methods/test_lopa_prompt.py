@@ -19,8 +19,8 @@ import jora
 from jora.data.batches import Batches, BatchOptions, Tokenised
 from jora.errors import InputError
 from jora.inference.generate import generate_tokens
-from jora.methods.lopa_prompt import PromptTuning
 from jora.methods.method import Adapter, State
+from jora.methods.prompt_tuning import PromptTuning
 from jora.models.model import Model
 from jora.train.feed import to_devices
 from jora.train.step import Program, gradients

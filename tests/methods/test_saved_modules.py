@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import jora
 from jora import InputError, LoRA
-from jora.methods.extras import MODULES, TOKENS
+from jora.methods.extras.both import MODULES, TOKENS
 from jora.models.params import abstract_params
 
 WORDS = [98, 3, 40]

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from jora.errors import InputError
 from jora.kernels.low_rank import low_rank
-from jora.methods.extras import without_extras
+from jora.methods.extras.both import without_extras
 from jora.methods.lora import LoRA, dropped, site_shape
 from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
 from jora.methods.targets import EMBED, HEAD
@@ -120,7 +120,7 @@ class DoRA(LoRA):
         return lora_mergers(adapter)
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
-        from jora.methods.lora_peft import write_peft
+        from jora.methods.peft.lora import write_peft
 
         return write_peft(adapter)
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jora.methods.extras import extra_mergers
+from jora.methods.extras.both import extra_mergers
 from jora.methods.lora import LoRA, site_shape
 from jora.methods.method import Adapter, ModuleSite, RowsMerger, State
 from jora.methods.storage import place

@@ -121,7 +121,7 @@ class IA3(Method):
         return mergers
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
-        from jora.methods.ia3_peft import write_peft
+        from jora.methods.peft.ia3 import write_peft
 
         return write_peft(adapter)
 

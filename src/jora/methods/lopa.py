@@ -28,8 +28,8 @@ from jora.encoders import Encoder, open_encoder
 from jora.errors import InputError
 from jora.kernels.counter_hash import fold_all, keep_mask
 from jora.methods.lopa_instances import mean_embeddings, text_vectors
-from jora.methods.lopa_prompt import SoftPrompt, Start, check_start, first_prompt
 from jora.methods.method import Adapter, State
+from jora.methods.prompt_tuning import SoftPrompt, Start, check_start, first_prompt
 from jora.models.adapted import Bound, Rows
 from jora.models.config import ModelConfig
 from jora.reporting import SILENT, Reporter

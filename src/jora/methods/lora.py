@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jora.errors import InputError
 from jora.kernels.counter_hash import keep_mask
 from jora.kernels.low_rank import low_rank
-from jora.methods.extras import (
+from jora.methods.extras.both import (
     base_with_extras,
     bind_extras,
     check_extras,
@@ -31,10 +31,10 @@ from jora.methods.extras import (
     with_extras,
     without_extras,
 )
+from jora.methods.extras.tokens import canonical
 from jora.methods.initial import first_embedding, first_factors
 from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
 from jora.methods.targets import EMBED, HEAD, Frozen, pattern_value, select
-from jora.methods.token_rows import canonical
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
 from jora.models.params import Params
@@ -94,8 +94,8 @@ class LoRA(Method):
     init_lora_weights: True, "gaussian" or "orthogonal" (see `initial`), or "loftq". loraplus_lr_ratio: LoRA+ (arXiv
     2402.12354): B learns at this multiple of the learning rate (PEFT's create_loraplus_optimizer); an
     embedding's factors, whose roles are swapped, keep the rate itself. modules_to_save: endings of module names
-    that train whole, as copies (see `saved_modules`). trainable_token_indices: words whose rows of embed_tokens
-    train, or {"embed_tokens": words, "lm_head": words} (see `token_rows`).
+    that train whole, as copies (see `extras.modules`). trainable_token_indices: words whose rows of embed_tokens
+    train, or {"embed_tokens": words, "lm_head": words} (see `extras.tokens`).
     """
 
     rank: int = 16
@@ -231,7 +231,7 @@ class LoRA(Method):
         return lora_mergers(self.to_lora(adapter))
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
-        from jora.methods.lora_peft import write_peft
+        from jora.methods.peft.lora import write_peft
 
         return write_peft(self.to_lora(adapter))
 

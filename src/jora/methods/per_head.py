@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from jora.errors import InputError
 from jora.kernels.widen import widen
-from jora.methods.extras import without_extras
+from jora.methods.extras.both import without_extras
 from jora.methods.initial import first_factors
 from jora.methods.lora import LoRA, dropped, site_shape
 from jora.methods.method import Adapter, State

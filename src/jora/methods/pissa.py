@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from jora.errors import InputError
 from jora.kernels.low_rank import low_rank
-from jora.methods.extras import without_extras
+from jora.methods.extras.both import without_extras
 from jora.methods.lora import LoRA, LoRAProjection, site_shape
 from jora.methods.method import Adapter, State
 from jora.methods.targets import EMBED, HEAD

@@ -18,7 +18,7 @@ BUILT_IN = {
     "dora": "jora.methods.dora:DoRA",
     "pissa": "jora.methods.pissa:PiSSA",
     "per-head": "jora.methods.per_head:PerHeadLoRA",
-    "prompt-tuning": "jora.methods.lopa_prompt:PromptTuning",
+    "prompt-tuning": "jora.methods.prompt_tuning:PromptTuning",
     "lopa": "jora.methods.lopa:LoPA",
     "idpg": "jora.methods.lopa:IDPG",
     "vera": "jora.methods.vera:VeRA",
@@ -28,10 +28,10 @@ BUILT_IN = {
 }
 # PEFT's peft_type -> the function that reads such a directory (see `storage.PeftReader`).
 PEFT_READERS = {
-    "LORA": "jora.methods.lora_peft:read_peft",
-    "VERA": "jora.methods.vera_peft:read_peft",
-    "IA3": "jora.methods.ia3_peft:read_peft",
-    "PROMPT_TUNING": "jora.methods.lopa_prompt:read_peft",
+    "LORA": "jora.methods.peft.lora:read_peft",
+    "VERA": "jora.methods.peft.vera:read_peft",
+    "IA3": "jora.methods.peft.ia3:read_peft",
+    "PROMPT_TUNING": "jora.methods.prompt_tuning:read_peft",
 }
 _registered: dict[str, type[Method]] = {}
 

@@ -139,7 +139,7 @@ class VeRA(Method):
         return Adapter(method, state, adapter.config, adapter.base)
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
-        from jora.methods.vera_peft import write_peft
+        from jora.methods.peft.vera import write_peft
 
         return write_peft(adapter)
 

@@ -13,7 +13,7 @@ from jora.errors import InputError
 from jora.methods.ia3 import IA3, Side, features, host_factors
 from jora.methods.layer_sites import layer_masks
 from jora.methods.method import Adapter, State
-from jora.methods.peft_options import read_targets, refuse_unknown, written_targets
+from jora.methods.peft.options import read_targets, refuse_unknown, written_targets
 from jora.methods.storage import AdapterFile, PeftFiles, place
 from jora.models.config import ModelConfig
 from jora.models.model import Model

@@ -10,12 +10,12 @@ import numpy as np
 
 from jora.errors import InputError
 from jora.methods.dora import DoRA
-from jora.methods.extras import extra_entries, extra_shapes, read_extras
+from jora.methods.extras.both import extra_entries, extra_shapes, read_extras
+from jora.methods.extras.modules import names_saved
 from jora.methods.factors import Factors, FactorSite, device_state, factor_sites, host_factors
 from jora.methods.lora import LoRA
 from jora.methods.method import Adapter, State
-from jora.methods.peft_options import REMEDY, check_numbers, read_targets, refuse_unknown
-from jora.methods.saved_modules import names_saved
+from jora.methods.peft.options import REMEDY, check_numbers, read_targets, refuse_unknown
 from jora.methods.storage import AdapterFile, PeftFiles
 from jora.methods.targets import EMBED, HEAD, select
 from jora.models.config import LINEARS, ModelConfig

@@ -12,7 +12,7 @@ import numpy as np
 from jora.errors import InputError
 from jora.methods.layer_sites import layer_masks
 from jora.methods.method import Adapter, State
-from jora.methods.peft_options import REMEDY, check_numbers, read_targets, refuse_unknown, written_targets
+from jora.methods.peft.options import REMEDY, check_numbers, read_targets, refuse_unknown, written_targets
 from jora.methods.storage import AdapterFile, PeftFiles, place
 from jora.methods.vera import VeRA, host_projections
 from jora.models.config import ModelConfig

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jora.errors import InputError
-from jora.methods import saved_modules, token_rows
+from jora.methods.extras import modules, tokens
 from jora.methods.method import Adapter, ModuleSite, RowsMerger, State
 from jora.methods.storage import AdapterFile, place
 from jora.models.adapted import Bound
@@ -34,7 +34,7 @@ class HasExtras(Protocol):
     @property
     def modules_to_save(self) -> Sequence[str]: ...
     @property
-    def trainable_token_indices(self) -> token_rows.Option: ...
+    def trainable_token_indices(self) -> tokens.Option: ...
 
 
 def without_extras(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,18 +48,16 @@ def with_extras(adapter: Adapter, model: Model) -> Adapter:
     saved, uses = _chosen(method, config)
     trained: dict[str, Any] = {}
     if saved:
-        trained[MODULES] = saved_modules.copies(model.params, saved, config, layout)
+        trained[MODULES] = modules.copies(model.params, saved, config, layout)
     if uses:
-        rows = token_rows.first_rows(model.params, uses)
+        rows = tokens.first_rows(model.params, uses)
         trained[TOKENS] = {use: jax.device_put(value, layout.sharding((None, None))) for use, value in rows.items()}
     return Adapter(method, _joined(adapter.state, trained, method, config, layout), config, adapter.base)
 
 
-def _chosen(
-    method: HasExtras, config: ModelConfig
-) -> tuple[dict[str, saved_modules.Saved], dict[str, tuple[int, ...]]]:
-    saved = saved_modules.saved_modules(config, method.modules_to_save) if method.modules_to_save else {}
-    return saved, token_rows.token_words(config, method.trainable_token_indices)
+def _chosen(method: HasExtras, config: ModelConfig) -> tuple[dict[str, modules.Saved], dict[str, tuple[int, ...]]]:
+    saved = modules.saved_modules(config, method.modules_to_save) if method.modules_to_save else {}
+    return saved, tokens.token_words(config, method.trainable_token_indices)
 
 
 def _joined(state: State, trained: Mapping[str, Any], method: HasExtras, config: ModelConfig, layout: Layout) -> State:
@@ -67,7 +65,7 @@ def _joined(state: State, trained: Mapping[str, Any], method: HasExtras, config:
     saved, uses = _chosen(method, config)
     constant: dict[str, Any] = {}
     if saved:
-        constant[MODULES] = saved_modules.layer_numbers(saved)
+        constant[MODULES] = modules.layer_numbers(saved)
     if uses:
         constant[TOKENS] = {use: np.array(words, np.int32) for use, words in uses.items()}
     constant = jax.tree.map(lambda x: jax.device_put(jnp.asarray(x), layout.sharding((None,))), constant)
@@ -81,7 +79,7 @@ def extra_axes(method: HasExtras, config: ModelConfig) -> State:
     constant: dict[str, Any] = {}
     if saved:
         trained[MODULES] = {path: one.axes for path, one in saved.items()}
-        constant[MODULES] = {path: (None,) for path in saved_modules.layer_numbers(saved)}
+        constant[MODULES] = {path: (None,) for path in modules.layer_numbers(saved)}
     if uses:
         trained[TOKENS] = dict.fromkeys(uses, (None, None))
         constant[TOKENS] = dict.fromkeys(uses, (None,))
@@ -92,14 +90,14 @@ def bind_extras(state: State, bound: Bound) -> Bound:
     """`bound` with the trained rows of the vocabulary in it."""
     if TOKENS not in state.trained:
         return bound
-    return token_rows.bound_to(bound, state.trained[TOKENS], state.constant[TOKENS])
+    return tokens.bound_to(bound, state.trained[TOKENS], state.constant[TOKENS])
 
 
 def base_with_extras(state: State, params: Params) -> Params:
     """`params` with the modules that train in place of the base's."""
     if MODULES not in state.trained:
         return params
-    return saved_modules.replaced(params, state.trained[MODULES], state.constant[MODULES])
+    return modules.replaced(params, state.trained[MODULES], state.constant[MODULES])
 
 
 def is_saved(method: HasExtras, module: str) -> bool:
@@ -111,7 +109,7 @@ def check_extras(method: HasExtras, config: ModelConfig, sites: Collection[Modul
     """Raise InputError where a module would be trained in two ways."""
     saved, uses = _chosen(method, config)
     copied = {site for one in saved.values() for site in one.sites}
-    rows: set[ModuleSite] = {(table, None) for table in token_rows.tables(uses)}
+    rows: set[ModuleSite] = {(table, None) for table in tokens.tables(uses)}
     for (one, first), (other, second) in (
         (("the adapter", set(sites)), (MODULES, copied)),
         (("the adapter", set(sites)), (TOKENS, rows)),
@@ -126,18 +124,18 @@ def extra_mergers(adapter: Adapter) -> dict[ModuleSite, RowsMerger]:
     """How to put what else was trained into the base."""
     saved, uses = _chosen(adapter.method, adapter.config)
     trained = adapter.state.trained
-    modules = saved_modules.mergers(saved, trained[MODULES]) if saved else {}
-    return modules | (token_rows.mergers(uses, trained[TOKENS]) if uses else {})
+    whole = modules.mergers(saved, trained[MODULES]) if saved else {}
+    return whole | (tokens.mergers(uses, trained[TOKENS]) if uses else {})
 
 
 def extra_entries(adapter: Adapter) -> list[Entry]:
     """What else was trained as tensors of a PEFT file."""
     saved, uses = _chosen(adapter.method, adapter.config)
     trained = adapter.state.trained
-    entries = saved_modules.entries(saved, trained[MODULES]) if saved else []
+    entries = modules.entries(saved, trained[MODULES]) if saved else []
     for use in uses:
         rows = trained[TOKENS][use]
-        entries.append(Entry(token_rows.file_name(use), rows.shape, partial(_whole, rows)))
+        entries.append(Entry(tokens.file_name(use), rows.shape, partial(_whole, rows)))
     return entries
 
 
@@ -148,8 +146,8 @@ def _whole(rows: Array) -> tuple[np.ndarray, ...]:
 def extra_shapes(method: HasExtras, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of a PEFT file that `extra_entries` writes."""
     saved, uses = _chosen(method, config)
-    rows = {token_rows.file_name(use): (len(words), config.embed) for use, words in uses.items()}
-    return saved_modules.file_shapes(saved) | rows
+    rows = {tokens.file_name(use): (len(words), config.embed) for use, words in uses.items()}
+    return modules.file_shapes(saved) | rows
 
 
 def read_extras(state: State, method: HasExtras, file: AdapterFile, model: Model) -> State:
@@ -158,8 +156,8 @@ def read_extras(state: State, method: HasExtras, file: AdapterFile, model: Model
     saved, uses = _chosen(method, config)
     trained: dict[str, Any] = {}
     if saved:
-        trained[MODULES] = saved_modules.read(file, saved, config, layout)
+        trained[MODULES] = modules.read(file, saved, config, layout)
     if uses:
-        rows = {use: np.asarray(file.read(token_rows.file_name(use)), np.float32) for use in uses}
+        rows = {use: np.asarray(file.read(tokens.file_name(use)), np.float32) for use in uses}
         trained[TOKENS] = {use: place(layout, (None, None), value) for use, value in rows.items()}
     return _joined(state, trained, method, config, layout)

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from jora.errors import InputError
 from jora.kernels.widen import widen
+from jora.methods.extras.modules import PREFIX
 from jora.methods.method import ModuleSite, RowsMerger
-from jora.methods.saved_modules import PREFIX
 from jora.methods.targets import EMBED, HEAD, Frozen
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
