@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -55,34 +59,48 @@ def plan_file(tmp_path_factory) -> Path:
 REAL_EXECUTE = compare_run._execute
 
 
-@pytest.fixture(scope="module")
-def executed() -> list[str]:
-    return []
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch, executed):
-    """Processes of their own would compile everything again; one test below has real ones."""
+@pytest.fixture(scope="module", autouse=True)
+def executed() -> Iterator[list[str]]:
+    """What was run, in order. Processes of their own would compile everything again; one test below has real ones."""
+    done: list[str] = []
 
     def execute(run):
-        executed.append(f"{run.job['label']} {run.job['seed']}")
+        done.append(f"{run.job['label']} {run.job['seed']}")
         write_json(run.directory / JOB, run.job)
-        monkeypatch.setattr(sys, "argv", ["worker", str(run.directory)])
-        worker.main()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["worker", str(run.directory)])
+            worker.main()
 
-    monkeypatch.setattr(compare_run, "_execute", execute)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_run, "_execute", execute)
+        yield done
+
+
+class Compared(NamedTuple):
+    """One `jora compare`: its directory, what it ran, what it printed."""
+
+    out: Path
+    executed: list[str]
+    printed: str
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("compared") / "out"
+def compared(tmp_path_factory, plan_file, executed) -> Compared:
+    out, printed = tmp_path_factory.mktemp("compared") / "out", io.StringIO()
+    executed.clear()
+    with redirect_stdout(printed):
+        jora_command(["compare", str(plan_file), "--out", str(out)])
+    return Compared(out, list(executed), printed.getvalue())
 
 
-@pytest.mark.slow
-def test_every_method_with_every_seed(plan_file, out, executed, capsys):
-    jora_command(["compare", str(plan_file), "--out", str(out)])
+@pytest.fixture(scope="module")
+def out(compared) -> Path:
+    return compared.out
+
+
+def test_every_method_with_every_seed(compared):
+    out, executed, table = compared
     assert executed == ["base None", "LoRA r4 1", "too fast 1"]
-    table = capsys.readouterr().out
     assert table == (out / "results.md").read_text()
     assert "| LoRA r4 |" in table and "- too fast, seed 1: step 2: the loss is nan" in table
     names = {path.name for path in out.iterdir() if path.is_file()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from tests.methods.gradients import (
     shaken,
 )
 from tests.methods.peft_oracle import LINEARS, base, peft_loaded, peft_made
+from tests.sharding.collectives import Probe
+from tests.sharding.test_collectives import CONFIG, LAYERS, RANK, exchanged, show
 from tests.tiny import assert_close, logits, tiny, tokens
 from transformers import AutoModelForCausalLM
 
@@ -168,6 +171,15 @@ def test_the_norm_moves_only_its_sums() -> None:
     assert moves, "nothing was summed"
     for shape in moves:
         assert shape.startswith(f"f32[{out // 2}]"), shape
+
+
+def test_fsdp_collects_norms_alone() -> None:
+    """[width] of each norm over the model width, once a stage; the factors are whole and stay so."""
+    method = DoRA(rank=RANK, targets=["o_proj", "gate_proj"])
+    extra = exchanged("fsdp=4", method) - exchanged("fsdp=4", Probe())
+    gathered = Counter({item: n for item, n in extra.items() if item.kind != "all-reduce"})
+    assert {(item.kind, item.shape) for item in gathered} == {("all-gather", (CONFIG.embed,))}, show(gathered)
+    assert gathered.total() <= LAYERS * 2, show(gathered)
 
 
 def test_magnitudes_of_a_quantised_base() -> None:

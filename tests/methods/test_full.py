@@ -140,6 +140,10 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"rank 33 is above the smaller side of weights\.\w+_proj, 32"):
         chosen = options(optimizer="galore", galore_rank=33)
         train(model, Full(), examples(4), out=tmp_path / "c", options=chosen)
+    with pytest.raises(InputError, match="optimizer is galore: no linear layer trains"):
+        train(model, Full("norms"), examples(4), out=tmp_path / "e", options=options(optimizer="galore"))
+    with pytest.raises(InputError, match="layerwise: nothing in the layers trains"):
+        train(model, Full("embed_tokens"), examples(4), out=tmp_path / "f", options=options(layerwise=True))
     with pytest.raises(InputError, match="weights 'wq' is not known"):
         Full(weights=["wq"])
     with pytest.raises(InputError, match="lm_head is its embedding table"):

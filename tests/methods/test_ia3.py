@@ -99,6 +99,13 @@ def test_a_mesh_gives_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
 
 
+def test_one_name_is_no_regular_expression() -> None:
+    config = base("llama3").config
+    assert IA3(feedforward_modules="down_proj").sides(config) == IA3().sides(config)
+    with pytest.raises(InputError, match="not a regular expression"):
+        IA3(feedforward_modules="*").sides(config)
+
+
 def test_refused(tmp_path: Path) -> None:
     model = base("llama3")
     with pytest.raises(InputError, match=r"feedforward_modules .* down_proj in some"):

@@ -12,6 +12,8 @@ from tests.tiny import tiny, tokens
 
 import jora
 from jora import LoRA
+from jora.methods.bank import check_bankable
+from jora.train.many.plan import abstract_state
 
 RANK, ALPHA = 8, 4.0  # scale 0.5: PEFT's own initialisation leaves it out
 METHOD = LoRA(rank=RANK, alpha=ALPHA, targets=["q_proj", "down_proj"], init_lora_weights="loftq")
@@ -52,3 +54,13 @@ def test_what_cannot_be_is_refused() -> None:
     model = jora.load_model(tiny("llama3")[1], quant="nf4")
     with pytest.raises(jora.InputError, match="lm_head is not quantised"):
         LoRA(init_lora_weights="loftq", targets=["lm_head"]).init(model, jax.random.key(0))
+    with pytest.raises(jora.InputError, match="rank 33 is above down_proj, which is 48 x 32"):
+        LoRA(rank=33, init_lora_weights="loftq").init(model, jax.random.key(0))
+
+
+def test_its_shapes_need_no_weights() -> None:
+    """As for jobs that train in one batch, whose shapes are asked for before the first of them begins."""
+    model = jora.load_model(tiny("llama3")[1], quant="nf4")
+    check_bankable(METHOD, model, "job a")
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_state(METHOD, model))
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), METHOD.init(model, jax.random.key(0)).state)

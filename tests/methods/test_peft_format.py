@@ -18,6 +18,7 @@ from tests.methods.peft_oracle import LINEARS, RICH, base, peft_loaded, peft_mad
 from tests.tiny import FAMILIES, assert_close, logits, tiny, tokens
 
 from jora import InputError, LoRA
+from jora.methods.peft.lora import to_peft
 from jora.methods.storage import load_adapter, save_adapter
 
 # What one family shows for all.
@@ -193,12 +194,26 @@ A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ("r", "16"),
         ("target_modules", None),
         ("target_modules", ["query"]),
+        ("target_modules", 5),
+        ("lora_dropout", "a lot"),
+        ("layers_to_transform", ["1"]),
+        ("rank_pattern", [1]),
     ],
 )
 def test_refused_options(copied: Path, option: str, value: Any) -> None:
     edit_config(copied, **{option: value})
     with pytest.raises(InputError, match=option):
         load_adapter(copied, base("llama3"))
+
+
+def test_one_name_is_no_regular_expression() -> None:
+    """It would match no whole module name, and so exclude nothing without a word."""
+    config = base("llama3").config
+    named, listed = LoRA(exclude_modules="q_proj"), LoRA(exclude_modules=["q_proj"])
+    assert named.sites(config) == listed.sites(config) and "q_proj" not in named.sites(config)
+    assert to_peft(named, config) == to_peft(listed, config)
+    with pytest.raises(InputError, match="not a regular expression"):
+        LoRA(rank_pattern={"*": 4}).sites(config)
 
 
 @pytest.mark.parametrize("init", ["gaussian", "eva", False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ import numpy as np
 import pytest
 from tests.methods.gradients import assert_same, loss_and_gradients, moved, named, shaken
 from tests.methods.peft_oracle import base, peft_loaded
+from tests.sharding.collectives import Probe
+from tests.sharding.test_collectives import CONFIG, LAYERS, RANK, exchanged, layout_of, ranked, show
 from tests.tiny import assert_close, logits, tokens
 
 import jora
 from jora import LoRA, PerHeadLoRA
+from jora.kernels.counter_hash import fold_all
+from jora.methods.lora import site_shape
 from jora.methods.method import Adapter, State
 from jora.methods.storage import load_adapter, save_adapter
+from jora.models.adapted import Rows
 from jora.models.config import ModelConfig
 from jora.models.families import config_from_hf
 from jora.models.model import Model
@@ -133,14 +139,32 @@ def test_exported_as_rank_heads_times_r(options: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=2"])
 def test_meshes_equal_one_device(mesh: str) -> None:
     single, sharded = base("llama3"), base("llama3", mesh)
-    adapter = shaken(PerHeadLoRA(rank=2).init(single, jax.random.key(0)))
-    loss, gradients = loss_and_gradients(single, adapter, tokens())
-    there_loss, there = loss_and_gradients(sharded, moved(adapter, sharded), tokens())
+    rows = Rows(fold_all(7, 0, np.arange(len(tokens()))))
+    adapter = shaken(PerHeadLoRA(rank=2, dropout=0.3).init(single, jax.random.key(0)))
+    loss, gradients = loss_and_gradients(single, adapter, tokens(), rows)
+    assert loss != pytest.approx(loss_and_gradients(single, adapter, tokens())[0], rel=1e-5)
+    there_loss, there = loss_and_gradients(sharded, moved(adapter, sharded), tokens(), rows)
     assert there_loss == pytest.approx(loss, rel=1e-5)
     assert_same(named(there), named(gradients), 1e-5)
     fresh = PerHeadLoRA(rank=2).init(sharded, jax.random.key(0))
     for found, wanted in zip(jax.tree.leaves(fresh.state), jax.tree.leaves(moved(adapter, sharded).state), strict=True):
         assert found.sharding.is_equivalent_to(wanted.sharding, found.ndim)
+
+
+@pytest.mark.parametrize("mesh", ["tensor=4", "data=2,fsdp=2,tensor=2"])
+def test_devices_exchange_the_factors_gradients_alone(mesh: str) -> None:
+    """Once each; the gradient of x, [tokens, width], comes with the base's own."""
+    method = PerHeadLoRA(rank=RANK, targets=["q_proj", "k_proj", "v_proj"], dropout=0.1)
+    extra = exchanged(mesh, method) - exchanged(mesh, Probe())
+    layout, factors = layout_of(mesh), set()
+    for target in ("q_proj", "v_proj"):
+        site = site_shape(CONFIG, target)
+        *heads, width = layout.sharding(site.out_axes, site.out_shape).shard_shape(site.out_shape)
+        factors |= {ranked((CONFIG.embed, *heads, RANK)), ranked((*heads, RANK, width))}
+    gradients = Counter({item: n for item, n in extra.items() if ranked(item.shape) in factors})
+    scalars = Counter({item: n for item, n in extra.items() if item.shape == ()})
+    assert not (other := extra - gradients - scalars), show(other)
+    assert gradients.total() == (LAYERS * 3 * 2 if layout.batch_shards > 1 else 0), show(gradients)
 
 
 def test_what_has_no_heads_is_refused() -> None:

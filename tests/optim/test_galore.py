@@ -199,6 +199,12 @@ def test_a_rank_above_the_matrix_is_refused() -> None:
         galore(scale_by_adam(), 7).init({"a": {"b": jnp.zeros((6, 10))}})
 
 
+def test_an_update_without_parameters_is_refused() -> None:
+    optimizer, weight = galore(scale_by_adam(), 2), jnp.ones((6, 10))
+    with pytest.raises(InputError, match="give the parameters too"):
+        optimizer.update(weight, optimizer.init(weight))
+
+
 def test_it_resumes_bit_for_bit() -> None:
     weights = jnp.asarray(normal(6, 10))
     optimizer = galore(scale_by_adam(moments="int8"), RANK, refresh=4, precision="int8")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jora.errors import InputError
+from jora.methods.full import Full
 from jora.methods.lora import LoRA
 from jora.train import TrainOptions, estimate
 from jora.train.flops import matmul_flops
@@ -73,6 +74,11 @@ def test_what_does_not_fit_is_said(directory: Path) -> None:
 def test_bfloat16_halves_the_weights(directory: Path) -> None:
     wide = estimate(directory, METHOD, options=OPTIONS, dtype="float32")
     narrow = estimate(directory, METHOD, options=OPTIONS, dtype="bfloat16")
+    assert wide.memory.arguments - narrow.memory.arguments == 2 * wide.parameters
+
+
+def test_bfloat16_halves_weights_that_train(directory: Path) -> None:
+    wide, narrow = (estimate(directory, Full(), options=OPTIONS, dtype=kind) for kind in ("float32", "bfloat16"))
     assert wide.memory.arguments - narrow.memory.arguments == 2 * wide.parameters
 
 

@@ -244,6 +244,25 @@ def test_examples_that_are_too_long(model: Model) -> None:
     assert reporter.notes == [f"training data: 6 examples, {long} dropped as too long"]
 
 
+def test_a_token_outside_the_vocabulary_is_refused(model: Model) -> None:
+    first, second = examples(2)
+    second = second._replace(tokens=np.where(second.loss, model.config.vocab_size, second.tokens))
+    with pytest.raises(InputError, match=r"training data: example 1 has a token outside .* \(0 to 98\)"):
+        load_examples([first, second], model, OPTIONS, Reporter(), "training data")
+
+
+def test_an_adapter_of_another_model_is_refused(model: Model, adapter: Adapter, tmp_path: Path) -> None:
+    other = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, layers=9))
+    with pytest.raises(InputError, match="the adapter was made for a llama 9 x"):
+        train(model, other, examples(4), out=tmp_path / "run", options=OPTIONS)
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(model: Model, adapter: Adapter, tmp_path: Path) -> None:
+    chosen = options(max_steps=1, learning_rate=3e38, warmup=0.0)
+    with pytest.raises(InputError, match=r"step 1: the evaluation loss is .*: lower learning_rate"):
+        train(model, adapter, examples(4), out=tmp_path / "run", options=chosen, eval_data=examples(4))
+
+
 def test_a_directory_with_other_things_is_refused(model: Model, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="not empty and holds no run"):

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,9 @@ from jora.models.model import Model, load_model
 from jora.train import TrainOptions
 from jora.train.many.jobs import Job, ManyOptions
 from jora.train.many.programs import BankPrograms
-from jora.train.many.record import JobResult
+from jora.train.many.record import JobProgress, JobResult
+from jora.train.many.running import Running
+from jora.train.metrics import MetricsFile
 
 RATE = 3e-3
 STEADY = options(learning_rate=RATE, remat="auto", max_steps=5)
@@ -127,6 +130,16 @@ def test_a_failing_job_is_reported_and_alone_in_it(many: Ran) -> None:
     assert written["diverging"]["status"] == "failed" and written["first"]["status"] == "finished"
 
 
+def test_the_adapter_of_an_evaluation_before_a_failure_goes(tmp_path: Path) -> None:
+    prepared: Any = SimpleNamespace(job=JOBS[4])
+    running = Running(prepared, 0, tmp_path, JobProgress("running", 0, 3, 1.5, 2), MetricsFile(tmp_path / "m.jsonl"))
+    (tmp_path / "adapter").mkdir()
+    assert running.fail(3, "the loss is nan").startswith("evaluated: step 3: the loss is nan: lower learning_rate")
+    assert not (tmp_path / "adapter").exists()
+    assert (running.progress.status, running.progress.place) == ("failed", None)
+    running.metrics.close()
+
+
 def test_jobs_come_and_go_without_compiling(many: Ran) -> None:
     assert many.results["last"].steps == 5  # it waited for a place, which one job finished in and another failed in
     # What is compiled while the run goes on is the first use of what writes adapters and checkpoints.
@@ -142,6 +155,7 @@ def test_the_directory_is_a_jobs_file(many: Ran, tmp_path: Path) -> None:
     (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(values))
     whole, jobs = read_jobs(tmp_path / "jobs.yaml", {})
     assert whole.many == SHARED and whole.out == str(many.directory)
+    assert whole.mesh == "data=1,fsdp=1,tensor=1"
     assert [(job.name, job.method, job.options) for job in jobs] == [(j.name, j.method, j.options) for j in JOBS]
     own = yaml.safe_load((many.directory / "first" / "config.yaml").read_text())
     assert own["rank"] == METHOD.rank and own["learning_rate"] == RATE

@@ -51,7 +51,7 @@ def quant_kind(options: ModelOptions) -> Kind | None:
 
 
 def open_adapter(directory: str | None, model: Model) -> Adapter | None:
-    """The PEFT adapter in `directory`, or None for the base alone."""
+    """The adapter in `directory`, or None for the base alone."""
     import jora
 
     return None if directory is None else jora.load_adapter(directory, model)

@@ -16,7 +16,7 @@ class Options(ModelOptions):
     data: str
     """JSON lines: eval.jsonl of `jora raft build`, or any training format."""
     adapter: str | None = None
-    """A PEFT adapter directory; without it the base answers."""
+    """An adapter directory; without it the base answers."""
     out: str | None = None
     """A JSONL file for the rows: question, prediction, answer, scores."""
     max_new_tokens: int = 128

@@ -21,7 +21,7 @@ class Options(ModelOptions):
     """Answer one prompt, or a file of prompts."""
 
     adapter: str | None = None
-    """A PEFT adapter directory; without it the base answers."""
+    """An adapter directory; without it the base answers."""
     prompt: str | None = None
     """One prompt; the answer goes to standard output."""
     prompts: str | None = None

@@ -13,7 +13,7 @@ class Options(ModelOptions):
     """Write base and adapter as one Hugging Face model directory."""
 
     adapter: str
-    """A PEFT adapter directory made for this model."""
+    """An adapter directory made for this model."""
     out: str
     """Directory to write; an existing one is replaced when the new one is whole."""
 

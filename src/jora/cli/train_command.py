@@ -15,7 +15,7 @@ from jora.train.options import TrainOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Options(MethodChoice, ModelOptions):
-    """Fine-tune an adapter: OUT gets adapter/ (PEFT), checkpoints/, metrics.jsonl, config.yaml."""
+    """Fine-tune an adapter: OUT gets adapter/ (of method full: model/), checkpoints/, metrics.jsonl, config.yaml."""
 
     data: str
     """JSON lines to learn from: messages, or prompt and completion."""
@@ -24,7 +24,7 @@ class Options(MethodChoice, ModelOptions):
     out: str
     """The run directory."""
     adapter: str | None = None
-    """A PEFT adapter directory to train further; its own options hold."""
+    """An adapter directory to train further; its own options hold."""
     training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
 
 

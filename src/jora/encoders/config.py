@@ -42,6 +42,9 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> EncoderConfig:
         raise InputError(f"{where}: position_embedding_type {position!r} is not known; only 'absolute' is")
     if hf.get("is_decoder") or hf.get("add_cross_attention"):
         raise InputError(f"{where}: is_decoder or add_cross_attention is set; an encoder has neither")
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        if not isinstance(hf.get(name), int):
+            raise InputError(f"{where}: {name} is {hf.get(name)!r}, no whole number: not a whole config.json")
     pad = int(hf.get("pad_token_id") or 0) if kind in BERT else int(hf.get("pad_token_id", 1))
     first = 0 if kind in BERT else pad + 1
     return EncoderConfig(

@@ -4,25 +4,22 @@
 
 One matrix product with r times the rows, between two element-wise ones. Each row of the batch may bring its own
 vectors, at no further cost. Over several devices a cut input is summed last, after the r terms: devices exchange
-what one product by W exchanges, whatever r is; the same holds for the gradient of x. (A layer that is computed again
-for the backward pass repeats the sum of its down_proj, which the base's own product leaves out.)
+what one product by W exchanges, whatever r is; the same holds for the gradient of x.
 
 Shape legend: *in, *out dimensions of the site, b rows, s tokens, r components, n = b, or 1 where all rows share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jora.kernels.on_shards import Axes, mesh_axes, on_shards
 from jora.kernels.widen import widen
 from jora.sharding import Layout
-
-Axes = Sequence[str | None]
 
 
 def hadamard_product(
@@ -38,26 +35,18 @@ def hadamard_product(
 
     in_axes, out_axes: logical axes of the site's activations, by which x, W and the vectors are cut.
     """
-    if layout.devices == 1:
-        return _local(x, weight, inputs, outputs, ())
     rows = "batch" if inputs.shape[0] > 1 else None
     own = len(in_axes)
-    spec = layout.spec((*in_axes, *out_axes), weight.shape)
-    shared = [part for part in spec[:own] if part is not None]
-    over = tuple(name for part in shared for name in ((part,) if isinstance(part, str) else part))
-    product: Array = jax.shard_map(
-        partial(_local, over=over),
-        mesh=layout.mesh,
-        in_specs=(
-            layout.spec(("batch", None, *in_axes), x.shape),
-            spec,
-            layout.spec((rows, None, *in_axes), inputs.shape),
-            layout.spec((rows, None, *out_axes), outputs.shape),
-        ),
-        out_specs=layout.spec(("batch", None, *out_axes), (*x.shape[:2], *weight.shape[own:])),
-        check_vma=False,
-    )(x, weight, inputs, outputs)
-    return product
+    over = mesh_axes(layout.spec((*in_axes, *out_axes), weight.shape)[:own])
+    axes = (
+        ("batch", None, *in_axes),
+        (*in_axes, *out_axes),
+        (rows, None, *in_axes),
+        (rows, None, *out_axes),
+    )
+    out_shape = (*x.shape[:2], *weight.shape[own:])
+    local = partial(_local, over=over if layout.devices > 1 else ())
+    return on_shards(local, layout, (x, weight, inputs, outputs), axes, ("batch", None, *out_axes), out_shape)
 
 
 def _local(x: Array, weight: Array, inputs: Array, outputs: Array, over: tuple[str, ...]) -> Array:

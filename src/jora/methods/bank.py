@@ -169,9 +169,10 @@ def put(stacked: Any, job: Any, state: Any) -> Any:
 
 def check_bankable(method: Method, model: Any, where: str) -> None:
     """Raise InputError for a method that cannot share a base and its rows with others."""
+    shapes = model.abstract()  # some methods compute their first values from the weights, which takes a while
 
     def keeps_base(key: Array) -> Array:
-        state = method.init(model, key).state
+        state = method.init(shapes, key).state
         if method.in_place or method.base(state, model.params) is not model.params:
             raise InputError(f"{where}: {method.name} changes the base's own weights, which all jobs share")
         return key

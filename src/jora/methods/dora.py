@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -53,16 +53,28 @@ class DoRAProjection:
         base = plain(kept)
         y = dense(x) if kept is not x else base if dense.bias is None else base + dense.bias
         b = self.b * self.scale
-        ratio = self._ratio(dense.column_norm(self.a, b))
+        ratio = self._ratio(_norm(dense, self.a, b))
         # In fp32: what is left of (ratio - 1) in 16 bits is rounded once, with the sum.
         change = (ratio - 1) * base + ratio * low_rank(kept, self.a, b, dense.layout)
         return (y + change).astype(y.dtype)
 
     def _ratio(self, norm: Float[Array, "*out"]) -> Float[Array, "*out"]:
         """m / |V|; 1 where the layer is not adapted, or a column is zero and stays so."""
-        norm = jax.lax.stop_gradient(norm)
         acts = (norm > 0) & (self.scale != 0)
         return jnp.where(acts, self.magnitude / jnp.where(norm > 0, norm, 1.0), 1.0)
+
+
+def _norm(dense: Dense, a: Float[Array, "*in r"], b: Float[Array, "r *out"]) -> Float[Array, "*out"]:
+    """|W + A B| without a gradient. Along the model width it is whole on every device, as the factors are.
+
+    The sum over the weight's shards takes parts of A and B. Unless they are said to be whole before, the compiler
+    cuts them for their other uses too, and collects them for each.
+    """
+    outer = tuple(None if axis == "embed" else axis for axis in dense.in_axes + dense.out_axes)
+    into, out = outer[: dense.inputs], outer[dense.inputs :]
+    constrain = dense.layout.constrain
+    a, b = constrain(jax.lax.stop_gradient(a), *into, None), constrain(jax.lax.stop_gradient(b), None, *out)
+    return constrain(jax.lax.stop_gradient(dense.column_norm(a, b)), *out)
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,6 @@ class DoRA(LoRA):
     """
 
     name: ClassVar[str] = "dora"
-    identity: ClassVar[Literal["exact", "rounding", "no"]] = "rounding"
     magnitudes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

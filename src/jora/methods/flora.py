@@ -29,7 +29,6 @@ from jora.methods.lora import site_shape
 from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
-from jora.quant import QuantisedWeight
 
 INPUT_SPREAD = 0.1  # of the first in_j, j > 1: small beside the 1 of the first component
 
@@ -52,15 +51,10 @@ class FLoRAProjection:
         whole = tuple(None if axis == "embed" else axis for axis in dense.in_axes + dense.out_axes)
         own = dense.inputs
 
-        def product(x: Array, inputs: Array, outputs: Array) -> Array:
-            weight = dense._collected(dense.weight_of(x.dtype))
+        def product(x: Array, weight: Array, inputs: Array, outputs: Array) -> Array:
             return hadamard_product(x, weight, inputs, outputs, whole[:own], whole[own:], dense.layout)
 
-        if isinstance(
-            dense.weight, QuantisedWeight
-        ):  # kept for the backward pass, all dense weights would exist at once
-            product = jax.checkpoint(product, prevent_cse=False)
-        y = product(x, inputs, outputs)
+        y = dense.with_weight(product, x, inputs, outputs)
         return y if dense.bias is None else y + dense.bias
 
     def _rank(self, rows: Rows) -> int:

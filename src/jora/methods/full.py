@@ -58,11 +58,8 @@ class Full(Method):
         """The model's own arrays, not copies: training takes them over."""
         if self.weights != "all" and "lm_head" in self._groups() and model.config.tied_embeddings:
             raise InputError("full: this model's lm_head is its embedding table; name embed_tokens instead")
+        model.check_method(self)
         trained = self._split(model.params, True)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                where = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise InputError(f"full: the base is quantised ({where}); load it unquantised to train its weights")
         return Adapter(self, State(jax.tree.map(_value, trained), {}), model.config, dict(model.identity))
 
     def axes(self, config: ModelConfig) -> State:

@@ -5,7 +5,6 @@ y = l * (x W + bias), or for feed-forward modules y = (l * x) W + bias, with l i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from jora.errors import InputError
 from jora.methods.layer_sites import layer_masks, layer_sites
 from jora.methods.lora import site_shape
 from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
+from jora.methods.targets import as_names, full_match
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
 from jora.models.tensors import linear_shape
@@ -53,8 +53,10 @@ class IA3(Method):
     """Options of an IA3 adapter, under PEFT's names where PEFT has them.
 
     targets, exclude_modules: as for `LoRA`, linears of the layers only. feedforward_modules: the targets whose
-    input is scaled in place of their output, as endings of module names or a regular expression. A learning
-    rate some ten times LoRA's suits it: the paper trains at 3e-3.
+    input is scaled in place of their output: a name, endings of module names or a regular
+    expression.
+
+    A learning rate some ten times LoRA's suits it: the paper trains at 3e-3.
     """
 
     targets: str | Sequence[str] = ("k_proj", "v_proj", "down_proj")
@@ -77,7 +79,7 @@ class IA3(Method):
         """What of each target is scaled. Raises InputError where its layers differ."""
         sides: dict[str, Side] = {}
         for name, (target, _) in self.chosen(config).items():
-            side: Side = "input" if _is_named(name, self.feedforward_modules) else "output"
+            side: Side = "input" if _is_named(name, as_names(self.feedforward_modules)) else "output"
             if sides.setdefault(target, side) != side:
                 raise InputError(
                     f"IA3: feedforward_modules {self.feedforward_modules!r} names {target} in some of its layers;"
@@ -137,7 +139,7 @@ def _scale_rows(scale: np.ndarray, block: np.ndarray, rows: slice) -> np.ndarray
 def _is_named(module: str, names: str | Sequence[str]) -> bool:
     """PEFT's rule for feedforward_modules: no dot is needed before an ending."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return full_match(names, module)
     return module.endswith(tuple(names))
 
 

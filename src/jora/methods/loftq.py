@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from jora.errors import InputError
 from jora.methods.method import State
 from jora.methods.targets import EMBED, HEAD
+from jora.models.bitsandbytes import QuantisedSource
 from jora.models.model import Model, open_model
 from jora.models.saving import device_tensors
 
@@ -31,17 +32,24 @@ if TYPE_CHECKING:
 def loftq_state(method: LoRA, model: Model) -> State:
     """A and B from the singular values of W - Q(W), a module at a time; W is read again from where the model lies.
 
-    Raises InputError for a base that is not quantised, or of which only the quantised weights are there.
+    Raises InputError for a base that is not quantised, or of which only the quantised weights are there, and for a
+    rank above a matrix's.
     """
-    from jora.methods.factors import Factors, device_state
+    from jora.methods.factors import Factors, device_state, factor_sites
 
     if model.quant is None:
         raise InputError("init_lora_weights loftq makes up for quantisation: load the model with quant=nf4 or int8")
     if ends := sorted({EMBED, HEAD} & method.sites(model.config).keys()):
         raise InputError(f"init_lora_weights loftq: {ends[0]} is not quantised; leave it out of the targets")
+    for site in factor_sites(method, model.config):
+        (_, into), (out, *_) = site.shapes[:2]
+        if site.rank > min(into, out):
+            raise InputError(
+                f"init_lora_weights loftq: rank {site.rank} is above {site.target}, which is {into} x {out}; lower it"
+            )
     source = open_model(Path(model.path))[0]
     tensors = {tensor.site: tensor for tensor in device_tensors(model.params, model.config)}
-    if getattr(source, "kind", None) is not None:
+    if isinstance(source, QuantisedSource):
         raise InputError(f"{model.path}: loftq needs the weights before quantisation, and has only the quantised ones")
 
     def read(site: FactorSite) -> Factors:

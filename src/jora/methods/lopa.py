@@ -139,10 +139,12 @@ class InstancePrompt(SoftPrompt):
 
 @dataclass(frozen=True, kw_only=True)
 class LoPA(InstancePrompt):
-    """Low-rank prompt adaptation; for the options that are not here see `InstancePrompt` and `SoftPrompt`.
+    """Low-rank prompt adaptation: a shared soft prompt, scaled by what the prompt asks.
 
     rank: the rank r of U V^T. fusion: how it meets the shared prompt; all but "multiply" are the authors' ablations.
-    start: first values of the shared prompt, see `PromptTuning`.
+    start: first values of the shared prompt: "vocabulary", embeddings of words drawn at random, or "random", N(0, 1).
+
+    For the other options see `InstancePrompt` and `SoftPrompt`.
     """
 
     rank: int = 4

@@ -122,7 +122,8 @@ class LoRA(Method):
             value = getattr(self, option)
             if isinstance(value, list | tuple | set):
                 object.__setattr__(self, option, tuple(sorted(value) if isinstance(value, set) else value))
-        object.__setattr__(self, "modules_to_save", tuple(sorted(self.modules_to_save)))
+        saved = self.modules_to_save
+        object.__setattr__(self, "modules_to_save", (saved,) if isinstance(saved, str) else tuple(sorted(saved)))
         object.__setattr__(self, "trainable_token_indices", canonical(self.trainable_token_indices))
         ranks = [self.rank, *self.rank_pattern.values()]
         if any(r < 1 for r in ranks):

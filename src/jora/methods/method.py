@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float32
@@ -45,7 +45,6 @@ class Method(ABC):
     """An adapter method: subclasses are frozen, hashable dataclasses of options."""
 
     name: ClassVar[str]
-    identity: ClassVar[Literal["exact", "rounding", "no"]] = "exact"  # does step 0 compute what the base computes?
     # "dense_weight": reads or changes the base's own weights, which a quantised base does not have.
     needs: ClassVar[frozenset[str]] = frozenset()
     in_place: ClassVar[bool] = False  # trains the model's own weights, which then are no longer in `rest`

@@ -51,10 +51,11 @@ OFFSET = 2
 class NOLA(Method):
     """Options of a NOLA adapter.
 
-    rank, alpha, targets, dropout, layers_to_transform, exclude_modules: as LoRA's (embed_tokens is refused). bases:
-    how many random matrices a factor is made of. basis: "shared" or "unique". variant: "offset" or "pure".
-    basis_seed: of the bases. bits: of a coefficient in files, 32, 8 or 4 (see `nola_files`); training is in fp32.
-    basis_version: of the hash, recorded in files; only the present one can be made.
+    rank, alpha, dropout, layers_to_transform, exclude_modules: as LoRA's. targets: as LoRA's, without embed_tokens.
+    bases: how many random matrices a factor is made of. basis: "shared" by all linears, or "unique" to each, which
+    takes longer to draw. variant: "offset" adds a fixed random A0 (the authors' scripts), "pure" does not (the
+    paper's equations). basis_seed: seed of the bases. bits: what a coefficient takes in files (see `nola_files`);
+    training is in fp32. basis_version: of the hash, recorded in files; only the present one can be made.
     """
 
     rank: int = 16

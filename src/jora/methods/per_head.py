@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jora.errors import InputError
+from jora.kernels.on_shards import on_shards
 from jora.kernels.widen import widen
 from jora.methods.extras.both import without_extras
 from jora.methods.initial import first_factors
@@ -29,10 +29,8 @@ from jora.methods.method import Adapter, State
 from jora.models.adapted import Dense, Rows, Site
 from jora.models.config import ModelConfig
 from jora.models.tensors import layer_prefix, module_path
-from jora.sharding import Layout
 
 HEADED = ("q_proj", "k_proj", "v_proj")  # their outputs are heads
-HEAD_AXES = ("kv_heads", "q_group")
 
 
 @jax.tree_util.register_dataclass
@@ -46,8 +44,30 @@ class PerHeadProjection:
     dropout: float = field(metadata={"static": True}, default=0.0)
 
     def apply(self, x: Array, dense: Dense, site: Site, rows: Rows) -> Array:
-        kept = dropped(x, self.dropout, site, rows)
-        return dense(x) + per_head(kept, self.a, self.b * self.scale, dense.layout)
+        heads, width = dense.out_axes[:-1], dense.out_axes[-1]
+        axes = [
+            ("batch", None, None),
+            (None, *dense.out_axes),
+            (None, *heads, None),
+            (*heads, None, width),
+        ]
+        draws: list[Array] = []
+        if self.dropout and rows.dropout is not None:
+            draws = [site.layer, rows.dropout, *(() if rows.tokens is None else (rows.tokens,))]
+            axes += [(), ("batch",), ("batch", None)][: len(draws)]
+
+        # The heads are cut over devices, so the gradient of x is a sum over them. With the base's product in the same
+        # function it is the base's own sum; alone it would be one more of [tokens, width].
+        def both(x: Array, weight: Array, a: Array, b: Array, *draws: Array) -> Array:
+            kept = dropped(x, self.dropout, Site(site.target, draws[0]), Rows(*draws[1:])) if draws else x
+            return jnp.tensordot(x, weight, axes=1) + per_head(kept, a, b)
+
+        def product(x: Array, weight: Array, a: Array, b: Array, *draws: Array) -> Array:
+            out_axes, out_shape = ("batch", None, *dense.out_axes), (*x.shape[:2], *weight.shape[1:])
+            return on_shards(both, dense.layout, (x, weight, a, b, *draws), axes, out_axes, out_shape)
+
+        y = dense.with_weight(product, x, self.a, self.b * self.scale, *draws)
+        return y if dense.bias is None else y + dense.bias
 
 
 @dataclass(frozen=True)
@@ -124,26 +144,24 @@ def _side_by_side(a: Float[Array, "L d *h r"], b: Float[Array, "L *h r e"]) -> d
     }
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@jax.custom_vjp
 def per_head(
-    x: Float[Array, "b s d"], a: Float[Array, "d *h r"], b: Float[Array, "*h r e"], layout: Layout
+    x: Float[Array, "b s d"], a: Float[Array, "d *h r"], b: Float[Array, "*h r e"]
 ) -> Float[Array, "b s *h e"]:
     """x A[h] B[h] of every head. Products run in x's dtype with fp32 sums, the factors' gradients leave in fp32."""
-    return _forward(x, a, b, layout)[0]
+    return _forward(x, a, b)[0]
 
 
-def _forward(x: Array, a: Array, b: Array, layout: Layout) -> tuple[Array, Any]:
+def _forward(x: Array, a: Array, b: Array) -> tuple[Array, Any]:
     h = _letters(b)
     inner = _sum(f"bsd,d{h}r->bs{h}r", x, a.astype(x.dtype)).astype(x.dtype)
-    inner = layout.constrain(inner, "batch", None, *HEAD_AXES[: len(h)], None)
     return _sum(f"bs{h}r,{h}re->bs{h}e", inner, b.astype(x.dtype)).astype(x.dtype), (x, inner, a, b)
 
 
-def _backward(layout: Layout, saved: Any, gradient: Array) -> tuple[Array, Array, Array]:
+def _backward(saved: Any, gradient: Array) -> tuple[Array, Array, Array]:
     x, inner, a, b = saved
     h = _letters(b)
     d_inner = _sum(f"bs{h}e,{h}re->bs{h}r", gradient, b.astype(x.dtype)).astype(x.dtype)
-    d_inner = layout.constrain(d_inner, "batch", None, *HEAD_AXES[: len(h)], None)
     d_b = _sum(f"bs{h}r,bs{h}e->{h}re", inner, gradient)
     d_a = _sum(f"bsd,bs{h}r->d{h}r", x, d_inner)
     return _sum(f"bs{h}r,d{h}r->bsd", d_inner, a.astype(x.dtype)).astype(x.dtype), d_a, d_b

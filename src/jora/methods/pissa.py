@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,6 @@ class PiSSA(LoRA):
     init_lora_weights: bool | str = "pissa"
 
     name: ClassVar[str] = "pissa"
-    identity: ClassVar[Literal["exact", "rounding", "no"]] = "rounding"
     needs: ClassVar[frozenset[str]] = frozenset({"dense_weight"})
 
     def _check_init(self, ranks: Sequence[int]) -> None:

@@ -8,14 +8,12 @@ Shape legend: b rows, m soft tokens, d model width, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jora.errors import InputError
@@ -25,8 +23,7 @@ from jora.models.config import ModelConfig
 from jora.sharding import Layout
 
 if TYPE_CHECKING:
-    from jora.methods.storage import AdapterFile, PeftFiles
-    from jora.models.model import Model
+    from jora.methods.storage import PeftFiles
 
 Start = Literal["vocabulary", "random"]
 
@@ -38,7 +35,6 @@ class SoftPrompt(Method):
     prompt_tokens: int = 10
 
     # Tokens stand in front of the text that the base would not have.
-    identity: ClassVar[Literal["exact", "rounding", "no"]] = "no"
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1:
@@ -78,63 +74,9 @@ class PromptTuning(SoftPrompt):
         return Bound(prefix=state.trained["prompt"][None])
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
-        from jora.methods.storage import PeftFiles
-        from jora.models.safetensors_file import Entry
+        from jora.methods.peft.prompt_tuning import write_peft
 
-        config = adapter.config
-        prompt = adapter.state.trained["prompt"]
-        peft = {
-            "peft_type": "PROMPT_TUNING",
-            "task_type": "CAUSAL_LM",
-            "inference_mode": True,
-            "num_virtual_tokens": self.prompt_tokens,
-            "token_dim": config.embed,
-            "num_transformer_submodules": 1,
-            "num_attention_heads": config.heads,
-            "num_layers": config.layers,
-            "prompt_tuning_init": "SAMPLE_VOCAB" if self.start == "vocabulary" else "RANDOM",
-        }
-        return PeftFiles(peft, [Entry("prompt_embeddings", prompt.shape, lambda: (np.asarray(prompt),))])
-
-
-_READ = frozenset({"peft_type", "num_virtual_tokens", "num_transformer_submodules", "token_dim", "modules_to_save"})
-# Of how the prompt was first made, and provenance: say nothing about what it computes.
-_HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "num_attention_heads",
-        "num_layers",
-        "peft_version",
-        "prompt_tuning_init",
-        "prompt_tuning_init_text",
-        "revision",
-        "task_type",
-        "tokenizer_kwargs",
-        "tokenizer_name_or_path",
-    }
-)
-
-
-def read_peft(peft: Mapping[str, Any], file: AdapterFile, model: Model, where: str) -> tuple[PromptTuning, State]:
-    """The method and its state from a directory of peft_type PROMPT_TUNING (`storage.PeftReader`)."""
-    from jora.methods.storage import place
-
-    unknown = sorted(name for name, value in peft.items() if name not in _READ | _HARMLESS and value)
-    if unknown:
-        raise InputError(f"{where}: option {unknown[0]} of prompt tuning is not known")
-    if peft.get("modules_to_save"):
-        raise InputError(f"{where}: modules_to_save beside a soft prompt is not supported")
-    if peft.get("num_transformer_submodules", 1) not in (1, None):
-        raise InputError(f"{where}: num_transformer_submodules is for an encoder with a decoder; a decoder has 1")
-    count = peft.get("num_virtual_tokens")
-    if not isinstance(count, int):
-        raise InputError(f"{where}: num_virtual_tokens is {count!r}, no whole number")
-    file.check({"prompt_embeddings": (count, model.config.embed)})
-    method = PromptTuning(prompt_tokens=count)
-    prompt = np.asarray(file.read("prompt_embeddings"), np.float32)
-    return method, State({"prompt": place(model.layout, (None, None), prompt)}, {})
+        return write_peft(adapter)
 
 
 def check_start(name: str, start: str) -> None:

@@ -31,7 +31,7 @@ PEFT_READERS = {
     "LORA": "jora.methods.peft.lora:read_peft",
     "VERA": "jora.methods.peft.vera:read_peft",
     "IA3": "jora.methods.peft.ia3:read_peft",
-    "PROMPT_TUNING": "jora.methods.prompt_tuning:read_peft",
+    "PROMPT_TUNING": "jora.methods.peft.prompt_tuning:read_peft",
 }
 _registered: dict[str, type[Method]] = {}
 

@@ -98,7 +98,8 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
             " (Jora reads no pickled .bin file)"
         )
     file = AdapterFile(directory / WEIGHTS)
-    named = own.get("base", {}).get("name", "")
+    recorded = own.get("base") or {}
+    named = recorded.get("name", "")
     if "method" in own:
         method = _own_method(own, directory / OWN_CONFIG)
         state = method.restore(file, model)
@@ -106,19 +107,21 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
         peft = read_json(directory / PEFT_CONFIG)
         named = named or peft.get("base_model_name_or_path") or ""
         method, state = _peft_reader(peft, directory)(peft, file, model, str(directory / PEFT_CONFIG))
-    return Adapter(method, state, model.config, _base(directory, own, named, model))
+    return Adapter(method, state, model.config, _base(directory, recorded, named, model))
 
 
 def _own_method(own: dict[str, Any], path: Path) -> Method:
-    cls = registry.method_class(own["method"])
+    name = str(own["method"])
+    if name not in registry.names():
+        raise InputError(f"{path}: method {name!r} is not known; import the module that registers it first")
     try:
-        return cls(**own.get("options", {}))
+        return registry.method_class(name)(**own.get("options", {}))
     except TypeError as error:
-        raise InputError(f"{path}: options of another version of {own['method']}: {error}") from None
+        raise InputError(f"{path}: options of another version of {name}: {error}") from None
 
 
 def _peft_reader(peft: dict[str, Any], directory: Path) -> PeftReader:
-    kind = peft.get("peft_type")
+    kind = str(peft.get("peft_type"))
     if kind not in registry.PEFT_READERS:
         known = ", ".join(registry.PEFT_READERS)
         raise InputError(f"{directory / PEFT_CONFIG}: peft_type {kind!r} is not supported; supported: {known}")
@@ -130,16 +133,16 @@ def _locate(path: str | os.PathLike[str]) -> Path:
     if not local.exists():
         text = os.fspath(path)
         if text.startswith((".", "/", "~")) or text.count("/") != 1:
-            raise InputError(f"{text}: no such adapter; give a PEFT directory or a hub id like org/name")
+            raise InputError(f"{text}: no such adapter; give an adapter directory or a hub id like org/name")
         local = resolve(text)
     if not (local / PEFT_CONFIG).is_file() and not (local / OWN_CONFIG).is_file():
-        raise InputError(f"{path}: holds no {PEFT_CONFIG}; give a PEFT adapter directory")
+        raise InputError(f"{path}: holds no {PEFT_CONFIG} and no {OWN_CONFIG}; give an adapter directory")
     return local
 
 
-def _base(directory: Path, own: Mapping[str, Any], name: str, model: Model) -> dict[str, str]:
+def _base(directory: Path, recorded: Mapping[str, str], name: str, model: Model) -> dict[str, str]:
     """The base the adapter says it belongs to; warns where that is not `model`."""
-    here, recorded = model.identity, own.get("base", {})
+    here = model.identity
     if "fingerprint" in recorded and "fingerprint" in here:
         same = recorded["fingerprint"] == here["fingerprint"]
     else:
@@ -199,14 +202,15 @@ class AdapterFile:
 def leaf_entries(trained: Any) -> list[Entry]:
     """Every leaf as a tensor named by its path, like "q_proj.a"."""
     leaves = jax.tree_util.tree_leaves_with_path(trained)
-    return [Entry(_path(path), leaf.shape, partial(_whole, leaf)) for path, leaf in leaves]
+    return [Entry(_path(path), leaf.shape, partial(whole, leaf)) for path, leaf in leaves]
 
 
 def _path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _whole(leaf: jax.Array) -> tuple[np.ndarray, ...]:
+def whole(leaf: jax.Array) -> tuple[np.ndarray, ...]:
+    """A leaf on the host, as the blocks of an `Entry`."""
     return (np.asarray(leaf),)
 
 

@@ -22,6 +22,11 @@ class Frozen(dict[K, V], Generic[K, V]):
         return hash(frozenset(self.items()))
 
 
+def as_names(value: str | Sequence[str]) -> str | Sequence[str]:
+    """A list of one, where `value` is the name of a target: as a regular expression it matches no layer's module."""
+    return (value,) if isinstance(value, str) and value in (*LINEARS, EMBED, HEAD) else value
+
+
 def module_names(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
     """Every adaptable module of the Hugging Face model -> (target, layer)."""
     names: dict[str, tuple[str, int | None]] = {"model.embed_tokens": (EMBED, None)}
@@ -41,8 +46,8 @@ def select(
     """The modules that `targets` names, as {module name: (target, layer)}.
 
     targets: "all-linear" (every linear of every layer, without embeddings and lm_head), one name, a list of
-    name endings, or a regular expression that must match the whole module name (PEFT's rules). `layers`
-    limits to these layer numbers. Raises InputError for a name that matches nothing.
+    name endings, or a regular expression that must match the whole module name (PEFT's rules); exclude: one of the
+    last three. `layers` limits to these layer numbers. Raises InputError for a target that matches nothing.
     """
     modules = module_names(config)
     if isinstance(layers, int):
@@ -51,7 +56,7 @@ def select(
     for number in layers or ():
         if not 0 <= number < config.layers:
             raise InputError(f"layers_to_transform: layer {number} does not exist; the model has {config.layers}")
-    wanted = [targets] if isinstance(targets, str) and targets in (*LINEARS, EMBED, HEAD) else targets
+    wanted, exclude = as_names(targets), as_names(exclude)
     chosen: dict[str, tuple[str, int | None]] = {}
     for name, (target, layer) in modules.items():
         if not _included(name, target, wanted) or _matches(name, exclude):
@@ -78,10 +83,7 @@ def _included(name: str, target: str, targets: str | Sequence[str]) -> bool:
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
     if isinstance(patterns, str):
-        try:
-            return re.fullmatch(patterns, name) is not None
-        except re.error as error:
-            raise InputError(f"{patterns!r} is not a regular expression: {error}") from error
+        return full_match(patterns, name)
     return any(_ends_with(name, entry) for entry in patterns)
 
 
@@ -92,6 +94,14 @@ def _ends_with(name: str, entry: str) -> bool:
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches a module name, by PEFT's `(.*\\.)?(key)$`."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if full_match(rf"(.*\.)?({pattern})", name):
             return value
     return default
+
+
+def full_match(pattern: str, name: str) -> bool:
+    """Whether a user's regular expression matches all of a module's name. Raises InputError where it is none."""
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise InputError(f"{pattern!r} is not a regular expression: {error}") from error

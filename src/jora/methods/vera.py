@@ -77,7 +77,9 @@ class VeRA(Method):
     layers_to_transform: as for `LoRA`, linears of the layers only. dropout: rate on the adapter's input.
     d_initial: first value of every d. projection_prng_key: seed of the random matrices; adapters that share
     it (and their shapes) share the matrices. The matrices are stored with the adapter: PEFT's generator is
-    another one. A learning rate some ten times LoRA's suits it (paper, appendix A).
+    another one.
+
+    A learning rate some ten times LoRA's suits it (paper, appendix A).
     """
 
     rank: int = 256

@@ -8,7 +8,7 @@ weights.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -107,15 +107,22 @@ class Dense:
         return Pieces.of(self.layout, self.weight.shape, self.in_axes + self.out_axes, len(self.out_axes))
 
     def _product(self, x: Array) -> Array:
+        return self.with_weight(partial(jnp.tensordot, axes=self.inputs), x)
+
+    def with_weight(self, product: Callable[..., Array], x: Array, *others: Array) -> Array:
+        """product(x, weight, *others), where weight [*in, *out] is dense, its fsdp shards collected.
+
+        A quantised weight is collected packed, and made dense once more for the backward pass: kept for it, the
+        dense weights of all layers would exist at once.
+        """
         if not isinstance(self.weight, QuantisedWeight):
-            return jnp.tensordot(x, self._collected(self.weight), axes=self.inputs)
+            return product(x, self._collected(self.weight), *others)
 
-        # The backward pass dequantises again: kept for it, the dense weights of all layers would exist at once.
         @partial(jax.checkpoint, prevent_cse=False)
-        def product(x: Array, weight: QuantisedWeight) -> Array:
-            return jnp.tensordot(x, weight.dequantise(self._pieces, x.dtype, collect=True), axes=self.inputs)
+        def dequantised(x: Array, weight: QuantisedWeight, *others: Array) -> Array:
+            return product(x, weight.dequantise(self._pieces, x.dtype, collect=True), *others)
 
-        return product(x, self.weight)
+        return dequantised(x, self.weight, *others)
 
     def _collected(self, weight: Array) -> Array:
         axes = self.in_axes + self.out_axes

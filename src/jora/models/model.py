@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,17 @@ class Model:
         weight = next(iter(self.params.layers.weights.values()))
         return weight.kind if isinstance(weight, QuantisedWeight) else None
 
+    def abstract(self) -> Model:
+        """This model with shapes in place of its weights, for a method's `init` where only shapes are asked for."""
+        return replace(self, params=jax.eval_shape(lambda params: params, self.params))
+
     def check_method(self, method: Any) -> None:
         """Raise InputError for a method that needs the dense weights of a base that is quantised."""
         if self.quant is not None and "dense_weight" in method.needs:
-            raise InputError(f"{method.name} needs the base's dense weights: load the model without quant={self.quant}")
+            raise InputError(
+                f"{method.name} needs the base's dense weights: load the model without quant={self.quant}, or the "
+                "unquantised one where it is stored so"
+            )
 
     def parts_of(self, adapter: Any) -> tuple[Any, Any]:
         """(method, state) of an adapter that fits this model, (None, None) of None; else InputError."""

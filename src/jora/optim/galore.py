@@ -94,7 +94,9 @@ class GaLore:
         return GaLoreState(zero, zero, projectors, self.inner.init(self._projected_params(params, sides)))
 
     def update(self, gradients: Any, state: GaLoreState, params: Any = None) -> tuple[Any, GaLoreState]:
-        """Optax's update: refresh, project, apply."""
+        """Optax's update: refresh, project, apply. Raises InputError without `params`, whose shapes it needs."""
+        if params is None:
+            raise InputError("GaLore: give the parameters too: optimizer.update(gradients, state, params)")
         state = self.refresh(gradients, state)
         return self.apply(self.project(gradients, state), state, params)
 

@@ -3,7 +3,7 @@
 out/config.yaml     every option of the run
 out/metrics.jsonl   a line a step and evaluation
 out/checkpoints/    what `resume` needs
-out/adapter/        the result, as a PEFT directory
+out/adapter/        the result; of method full out/model/, a Hugging Face directory
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def train(
     eval_data: Data | None = None,
     reporter: Reporter = SILENT,
 ) -> TrainResult:
-    """Fine-tune `model` by `method` on `data`; the model's own weights do not change.
+    """Fine-tune `model` by `method` on `data`; only method `Full` changes the model's own weights.
 
     Args:
         model: from `load_model`.
@@ -46,12 +46,15 @@ def train(
         reporter: told of progress.
 
     Raises:
-        InputError: data, options or directory cannot be used; `resume` with another model, method, data or
-            option than the run began with; a loss that is not finite.
+        InputError: data, options or directory cannot be used; an adapter of another model; `resume` with another
+            model, method, data or option than the run began with; a loss that is not finite.
         KeyboardInterrupt: after a checkpoint was written.
     """
     options = options or TrainOptions()
-    model.check_method(method.method if isinstance(method, Adapter) else method)
+    if isinstance(method, Adapter):
+        model.parts_of(method)
+    else:
+        model.check_method(method)
     directory = open_directory(out, options.resume)
     examples = load_examples(data, model, options, reporter, "training data")
     held_out = None if eval_data is None else load_examples(eval_data, model, options, reporter, "evaluation data")

@@ -20,7 +20,7 @@ from jora.errors import InputError
 from jora.files import atomic_directory
 from jora.models.decoder import Remat
 from jora.models.source import read_json
-from jora.train.step import TrainState
+from jora.reporting import Reporter
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -55,8 +55,22 @@ class Checkpoints:
         found = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
         return sorted(int(match.group(1)) for match in found if match)
 
-    def save(self, state: TrainState, progress: Progress) -> Path:
-        """Write a checkpoint, then remove those that are no longer kept."""
+    def latest(self, identity: dict[str, Any], reporter: Reporter) -> Any:
+        """What `read_progress` gives of the last checkpoint; None where there is none yet, to start at step 0.
+
+        Raises InputError where it is that of a run with another `identity`.
+        """
+        run, steps = self.directory.parent, self.steps()
+        if not steps:
+            reporter.note(f"{run}: no checkpoint yet, starting at step 0")
+            return None
+        progress = self.read_progress(steps[-1])
+        check_same_run(progress.identity, identity, run)
+        reporter.note(f"resuming after step {progress.step}")
+        return progress
+
+    def save(self, state: Any, progress: Progress) -> Path:
+        """Write a checkpoint of a tree of arrays, then remove those that are no longer kept."""
         path = self.path(progress.step)
         with atomic_directory(path) as temporary, _orbax().StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary.absolute() / "state", state)
@@ -75,8 +89,8 @@ class Checkpoints:
         except TypeError:
             raise InputError(f"{path}: written by another version of jora: start anew in another directory") from None
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The arrays of a checkpoint, laid out as the abstract state `like`."""
+    def restore(self, step: int, like: Any) -> Any:
+        """The arrays of a checkpoint, laid out as the abstract tree `like`."""
         with _orbax().StandardCheckpointer() as checkpointer:
             return checkpointer.restore(self.path(step).absolute() / "state", like)
 

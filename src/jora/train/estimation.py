@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jora.data.batches import Shape
 from jora.errors import InputError
+from jora.methods.method import Adapter
 from jora.models.config import ModelConfig
 from jora.models.decoder import Remat
 from jora.models.families import config_from_hf
@@ -83,7 +84,7 @@ class Estimate:
         m = self.memory
         rows, length, _ = self.shape
         lines = {
-            "parameters": f"{self.parameters / 1e6:,.1f} M, of which the adapter adds {self.trained / 1e6:,.2f} M",
+            "parameters": f"{self.parameters / 1e6:,.1f} M in the model; {self.trained / 1e6:,.2f} M train",
             "mesh": f"{self.mesh} ({self.mesh.devices} device{'s' * (self.mesh.devices > 1)})",
             "step": f"{self.accumulation} x {rows} rows of {length} tokens, remat {self.remat}",
             "weights, optimiser, batch": f"{m.arguments / GIB:.2f} GiB a device",
@@ -120,9 +121,13 @@ def estimate(
         device_gib: memory of the device that is meant, in GiB; by default this machine's.
 
     Raises:
-        InputError: an unknown model, or a mesh with more devices than can be simulated.
+        InputError: an unknown model, a mesh with more devices than can be simulated, or `answers` below 1.
     """
     options = options or TrainOptions()
+    if answers < 1:
+        raise InputError(f"answers is {answers}: at least one token of a row carries loss")
+    if isinstance(method, Adapter):
+        method = method.method
     config = path if isinstance(path, ModelConfig) else read_config(path)
     spec = parse_mesh(mesh)
     layout = simulated_layout(spec, config)
@@ -136,7 +141,8 @@ def estimate(
     length = math.ceil(cut.max_length / cut.multiple) * cut.multiple
     shape = Shape(rows, length, min(answers, length))
     programs = abstract_programs(config, layout, method, options, compiled_kind, quant)
-    saved = _weight_bytes(programs.params) * (compiled_kind.itemsize - kind.itemsize) // compiled_kind.itemsize
+    weights = (programs.params, programs.state.trained) if method.in_place else programs.params
+    saved = _weight_bytes(weights) * (compiled_kind.itemsize - kind.itemsize) // compiled_kind.itemsize
     for remat in POLICIES if options.remat == "auto" else (options.remat,):
         program = programs.program._replace(remat=remat)
         memory = ProgramMemory.of(programs.compile_train(shape, program))

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from jora.data.batches import Batches
 from jora.reporting import Reporter
 from jora.train.feed import to_devices
 from jora.train.programs import Programs
+
+
+class Evaluated(Protocol):
+    """What is kept of the evaluations so far."""
+
+    best_loss: float | None
+    best_step: int | None
+    evaluations_since_best: int
+
+
+def is_best(progress: Evaluated, loss: float, step: int) -> bool:
+    """Enter the loss of an evaluation into `progress`; whether it is the lowest so far."""
+    if progress.best_loss is not None and loss >= progress.best_loss:
+        progress.evaluations_since_best += 1
+        return False
+    progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, step, 0
+    return True
 
 
 def evaluation_loss(

@@ -25,8 +25,19 @@ def load_examples(data: Data, model: Model, options: TrainOptions, reporter: Rep
     """Tokens with loss on the answers; `reporter` is told what was shortened or dropped.
 
     Raises:
-        InputError: what `data.formats` and `data.tokenise` refuse, or nothing is left.
+        InputError: what `data.formats` and `data.tokenise` refuse; nothing is left; a token that the model's
+            vocabulary does not have.
     """
+    examples = _tokens(data, model, options, reporter, what)
+    words = model.config.vocab_size
+    for number, example in enumerate(examples):
+        # On the devices a number outside the table would read some other word's vector.
+        if np.any((example.tokens < 0) | (example.tokens >= words)):
+            raise InputError(f"{what}: example {number} has a token outside the model's vocabulary (0 to {words - 1})")
+    return examples
+
+
+def _tokens(data: Data, model: Model, options: TrainOptions, reporter: Reporter, what: str) -> list[Tokenised]:
     if not isinstance(data, str | os.PathLike):
         ready = [example for example in data if isinstance(example, Tokenised)]
         if ready and len(ready) == len(data):

@@ -73,9 +73,11 @@ class Schedule:
         epoch = bisect_right(self._starts, number) - 1
         return epoch, self._batches.plan(epoch)[number - self._starts[epoch]]
 
-    def ends_epoch(self, finished: int) -> bool:
-        """Whether an epoch is complete after this many steps."""
-        return finished in self._starts[1:]
+    def evaluation_is_due(self, finished: int, every: int | None) -> bool:
+        """Whether to evaluate after this many steps: `every` so many, or after each epoch; and at the end."""
+        if finished == self.total:
+            return True
+        return finished % every == 0 if every else finished in self._starts[1:]
 
 
 def _gather(field: Callable[[str], Any], packed: bool) -> MicroBatches:

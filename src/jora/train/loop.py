@@ -23,22 +23,20 @@ from jora.methods.method import Adapter, State
 from jora.models.decoder import Remat
 from jora.models.model import Model
 from jora.reporting import Reporter
-from jora.train.checkpoints import Checkpoints, Progress, check_same_run
-from jora.train.evaluation import evaluation_loss
+from jora.train.checkpoints import Checkpoints, Progress
+from jora.train.evaluation import evaluation_loss, is_best
 from jora.train.examples import digest
 from jora.train.feed import Schedule, to_devices
 from jora.train.interrupt import delayed_interrupt
 from jora.train.memory import free_bytes, peak_bytes
-from jora.train.metrics import Line, MetricsFile
-from jora.train.optimizer import learning_rate, optimizer_for
+from jora.train.metrics import RATE_STEPS, Line, MetricsFile
+from jora.train.optimizer import diverged, learning_rate, optimizer_for
 from jora.train.options import TrainOptions
 from jora.train.programs import Programs, abstract_params_of
 from jora.train.record import identity, write_config
 from jora.train.remat import choose_remat
 from jora.train.state import abstract_adapter, abstract_train_state, first_train_state, placement
 from jora.train.step import Program
-
-RATE_STEPS = 10  # tokens/s is over this many steps: a step that is read late would distort its own rate
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Run:
 
     def execute(self, given: dict[str, Any]) -> TrainResult:
         """Set up, train, and write the result."""
-        saved = self._saved_progress()
+        saved = self.checkpoints.latest(self.identity, self.reporter) if self.options.resume else None
         if saved is None:
             self.state = first_train_state(self.adapter, self.abstract, self.optimizer)
         self.programs, remat = self._compile(saved)
@@ -137,19 +135,6 @@ class Run:
         if self.adapter.method.in_place:
             state = State(self.state.trained, self.constant)
             self.model.params = self.adapter.method.base(state, self.params)
-
-    def _saved_progress(self) -> Progress | None:
-        """Of the checkpoint to continue from, or None to start at step 0."""
-        if not self.options.resume:
-            return None
-        steps = self.checkpoints.steps()
-        if not steps:
-            self.reporter.note(f"{self.directory}: no checkpoint yet, starting at step 0")
-            return None
-        progress = self.checkpoints.read_progress(steps[-1])
-        check_same_run(progress.identity, self.identity, self.directory)
-        self.reporter.note(f"resuming after step {progress.step} of {self.total}")
-        return progress
 
     def _compile(self, saved: Progress | None) -> tuple[Programs, Remat]:
         """All programs of the run, and the rematerialisation that was chosen (a resumed run keeps its own)."""
@@ -215,7 +200,7 @@ class Run:
         self.last_read = now
         rate = sum(tokens for tokens, _ in self.recent) / max(sum(s for _, s in self.recent), 1e-9)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._stop_not_finite(pending.step, loss, norm)
+            self._stop(pending.step, f"the loss is {loss} and the gradient's norm {norm}")
         line = {
             "step": pending.step,
             "epoch": pending.epoch,
@@ -237,23 +222,15 @@ class Run:
         self._read(self.pending)
         self.pending = None
 
-    def _stop_not_finite(self, step: int, loss: float, norm: float) -> None:
+    def _stop(self, step: int, seen: str) -> None:
+        """Raise InputError about numbers that are not finite."""
         steps = self.checkpoints.steps()
         kept = f"the last checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
-        raise InputError(
-            f"step {step}: the loss is {loss} and the gradient's norm {norm}: lower learning_rate (now "
-            f"{self.options.learning_rate}) or raise warmup; {kept}"
-        )
+        raise InputError(f"{diverged(step, seen, self.options)}; {kept}")
 
     def _evaluation_is_due(self) -> bool:
-        if self.evaluation is None:
-            return False
-        step = self.progress.step
-        if step == self.total:
-            return True
-        if self.options.eval_every:
-            return step % self.options.eval_every == 0
-        return self.schedule.ends_epoch(step)
+        due = self.schedule.evaluation_is_due(self.progress.step, self.options.eval_every)
+        return self.evaluation is not None and due
 
     def _evaluate(self) -> None:
         """Loss of the evaluation data; a new best, and what `save_every` asks for, is saved."""
@@ -263,11 +240,9 @@ class Run:
         loss, answers = evaluation_loss(
             self.evaluation, self.programs, self.state.trained, self.constant, self.params, self.reporter
         )
-        best = progress.best_loss is None or loss < progress.best_loss
-        if best:
-            progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
-        else:
-            progress.evaluations_since_best += 1
+        if not math.isfinite(loss):
+            self._stop(progress.step, f"the evaluation loss is {loss}")
+        best = is_best(progress, loss, progress.step)
         seconds = round(time.monotonic() - self.started, 3)
         self.metrics.write(
             {"step": progress.step, "eval_loss": loss, "eval_answer_tokens": answers, "best": best, "seconds": seconds}

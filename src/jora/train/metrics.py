@@ -10,6 +10,7 @@ from jora.data.formats import json_objects
 from jora.files import atomic_write
 
 Line = dict[str, Any]
+RATE_STEPS = 10  # tokens/s is over this many steps: a step that is read late would distort its own rate
 
 
 class MetricsFile:
@@ -17,7 +18,7 @@ class MetricsFile:
 
     A training line has `step` (finished optimiser steps, from 1), `epoch` (from 0), `loss` (mean nats per
     answer token of the step), `learning_rate`, `grad_norm` (before clipping), `tokens` (without padding)
-    and `answer_tokens` of the step, `tokens_per_s` (over the last ten steps), `memory_bytes` (peak of the
+    and `answer_tokens` of the step, `tokens_per_s` (over the last `RATE_STEPS`), `memory_bytes` (peak of the
     fullest device; on a CPU what the process holds) and `seconds` since the run began, interruptions left
     out. An evaluation's line has `step`, `eval_loss`, `eval_answer_tokens`, `best` and `seconds`.
     """

@@ -42,6 +42,11 @@ def learning_rate(step: Any, options: TrainOptions, total_steps: int, xp: Any = 
     return options.learning_rate * share
 
 
+def diverged(step: int, seen: str, options: TrainOptions) -> str:
+    """One line about numbers that are not finite, `seen` after `step`, and what to do."""
+    return f"step {step}: {seen}: lower learning_rate (now {options.learning_rate}) or raise warmup"
+
+
 def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     """Scale all gradients down together to a global L2 norm of at most `max_norm`, as torch does."""
 
@@ -78,14 +83,19 @@ def optimizer_for(
     """The optimiser of what `method` trains; `trained` may be shapes.
 
     Raises:
-        InputError: GaLore, or updates inside the backward pass, where the model's own weights are frozen; a rank
-            above a matrix's smaller side.
+        InputError: GaLore, or updates inside the backward pass, where the model's own weights (or those of its
+            layers) are frozen; a rank above a matrix's smaller side.
     """
+    galore = options.optimizer.startswith("galore")
     if method.in_place:
+        if galore and not trained.layers.weights:
+            raise InputError(f"training option optimizer is {options.optimizer}: no linear layer trains; use adamw")
+        if options.layerwise and not jax.tree.leaves(trained.layers):
+            raise InputError("training option layerwise: nothing in the layers trains; leave it off")
         optimizer = _make_model_optimizer(_numbers(options, _ADAMW + _GALORE), total_steps, config, layout)
         jax.eval_shape(optimizer.init, trained)  # the rank is checked here, before anything is compiled
         return optimizer
-    for name, asked in (("optimizer", options.optimizer.startswith("galore")), ("layerwise", options.layerwise)):
+    for name, asked in (("optimizer", galore), ("layerwise", options.layerwise)):
         if asked:
             raise InputError(
                 f"training option {name} is {getattr(options, name)}: it trains the model's own weights, which "
@@ -116,7 +126,6 @@ def _make_model_optimizer(
 ) -> ModelOptimizer:
     """AdamW or GaLore of the model's own weights, a layer at a time."""
     galore = options.optimizer.startswith("galore")
-
     moments: Moments = "int8" if options.optimizer.endswith("8bit") else "float32"
     adam = partial(scale_by_adam, options.beta1, options.beta2, options.epsilon, moments=moments)
     inner = adam(keep=layer_blocks(config, options.galore_rank if galore else None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal, get_args
 
 from jora.data.tokenise import OverLong
@@ -86,7 +87,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, (rule, fits) in _RULES.items():
             value = getattr(self, name)
-            if value is not None and not fits(value):
+            if value is not None and not _fits(value, fits):
                 raise InputError(f"training option {name} is {value}: it must be {rule}")
         if self.clip_projected and not (self.layerwise and self.optimizer.startswith("galore")):
             raise InputError("training option clip_projected: only a layerwise GaLore step has a projected norm")
@@ -103,10 +104,17 @@ class TrainOptions:
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
-_POSITIVE: _Rule = ("at least 1", lambda value: value >= 1)
+_POSITIVE: _Rule = ("a whole number, at least 1", lambda value: index(value) >= 1)
 _NOT_NEGATIVE: _Rule = ("0 or more", lambda value: 0 <= value < float("inf"))
 _SHARE: _Rule = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
 _ABOVE_ZERO: _Rule = ("a number above 0", lambda value: 0 < value < float("inf"))
+
+
+def _fits(value: Any, fits: Callable[[Any], bool]) -> bool:
+    try:
+        return fits(value)
+    except TypeError:  # not even a number
+        return False
 
 
 def _one_of(*values: str) -> _Rule:
@@ -120,8 +128,8 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("learning_rate", "epsilon", "galore_scale"), _ABOVE_ZERO),
     **dict.fromkeys(("warmup", "beta1", "beta2"), _SHARE),
     **dict.fromkeys(("weight_decay", "max_grad_norm"), _NOT_NEGATIVE),
-    "max_length": ("at least 2", lambda value: value >= 2),
-    "seed": ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
+    "max_length": ("a whole number, at least 2", lambda value: index(value) >= 2),
+    "seed": ("a whole number, at least 0 and below 2**32", lambda value: 0 <= index(value) < 2**32),
     "schedule": _one_of("cosine", "linear", "constant"),
     "optimizer": _one_of(*get_args(Optimizer)),
     "galore_projection": _one_of("float32", "bfloat16", "int8"),

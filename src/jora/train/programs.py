@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jora.data.batches import Shape
 from jora.models.model import Model
 from jora.reporting import Reporter
+from jora.sharding import Layout
 from jora.train.feed import abstract_batches
 from jora.train.memory import return_freed_memory
 from jora.train.options import TrainOptions
@@ -44,15 +45,14 @@ class Programs:
 
     def compile_train(self, shape: Shape, program: Program) -> Any:
         """The executable train step of `shape`; compiled once a process for equal arguments."""
-        return self._compile(self.trace_train(shape, program).lower(), program)
+        return compile_lowered(self.trace_train(shape, program).lower(), program.layout, self.options.deterministic)
 
     def compile_evaluate(self, shape: Shape) -> Any:
         """The executable evaluation of one batch of `shape`."""
         program = self.program
         batch = self._batches(shape, 1, program, stacked=False)
-        return self._compile(
-            eval_step.lower(self.state.trained, self.constant, self.params, batch, program=program), program
-        )
+        lowered = eval_step.lower(self.state.trained, self.constant, self.params, batch, program=program)
+        return compile_lowered(lowered, program.layout, self.options.deterministic)
 
     def _batches(self, shape: Shape, accumulation: int, program: Program, stacked: bool = True) -> Any:
         return abstract_batches(
@@ -64,12 +64,6 @@ class Programs:
             instance_width=program.method.instance_width(program.config),
         )
 
-    def _compile(self, lowered: Any, program: Program) -> Any:
-        on_gpu = program.layout.mesh.devices.flat[0].platform == "gpu"
-        compiled = lowered.compile(compiler_options=DETERMINISTIC if self.options.deterministic and on_gpu else None)
-        return_freed_memory()
-        return compiled
-
     def compile_all(self, train: Sequence[Shape], evaluate: Sequence[Shape], reporter: Reporter) -> None:
         """Compile every shape, the largest first: what does not fit fails before any work is done."""
         reporter.start(len(train) + len(evaluate), "compiling, programs")
@@ -80,6 +74,14 @@ class Programs:
             self.evaluate[shape] = self.compile_evaluate(shape)
             reporter.update(len(self.train) + len(self.evaluate))
         reporter.finish()
+
+
+def compile_lowered(lowered: Any, layout: Layout, deterministic: bool) -> Any:
+    """The executable of a `jax.stages.Lowered`."""
+    on_gpu = layout.mesh.devices.flat[0].platform == "gpu"
+    compiled = lowered.compile(compiler_options=DETERMINISTIC if deterministic and on_gpu else None)
+    return_freed_memory()
+    return compiled
 
 
 def abstract_params_of(model: Model) -> Any:

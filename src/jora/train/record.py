@@ -53,16 +53,8 @@ def write_config(
 
     data: name -> what was given; only paths are written.
     """
-    import jax
-    import yaml
-
-    mesh = {axis: int(size) for axis, size in model.layout.mesh.shape.items()}
-    tensor = mesh.pop("tensor_kv") * mesh.pop("tensor_rep")
     values = {
-        "model": model.identity.get("name", model.path),
-        "dtype": str(model.dtype),
-        "quant": model.quant,
-        "mesh": ",".join(f"{axis}={size}" for axis, size in (*mesh.items(), ("tensor", tensor))),
+        **model_values(model),
         **{name: os.fspath(value) for name, value in data.items() if isinstance(value, str | os.PathLike)},
         "out": os.fspath(directory),
         "method": adapter.method.name,
@@ -70,8 +62,28 @@ def write_config(
         **dataclasses.asdict(options),
     }
     del values["resume"]
+    write_values(directory / CONFIG, values, about)
+
+
+def model_values(model: Model) -> dict[str, Any]:
+    """The options of `load_model` that gave `model`."""
+    mesh = {axis: int(size) for axis, size in model.layout.mesh.shape.items()}
+    tensor = mesh.pop("tensor_kv") * mesh.pop("tensor_rep")
+    return {
+        "model": model.identity.get("name", model.path),
+        "dtype": str(model.dtype),
+        "quant": model.quant,
+        "mesh": ",".join(f"{axis}={size}" for axis, size in (*mesh.items(), ("tensor", tensor))),
+    }
+
+
+def write_values(path: Path, values: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Options as YAML, those that are None left out; `about`, and the versions, go into a comment on top."""
+    import jax
+    import yaml
+
     notes = {"jora": __version__, "jax": jax.__version__, **about}
-    with atomic_write(directory / CONFIG) as temporary:
+    with atomic_write(path) as temporary:
         header = "".join(f"# {name}: {value}\n" for name, value in notes.items())
         kept = {name: value for name, value in values.items() if value is not None}
         temporary.write_text(header + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -12,12 +12,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from jora.errors import InputError
 from jora.methods.extras import modules, tokens
 from jora.methods.method import Adapter, ModuleSite, RowsMerger, State
-from jora.methods.storage import AdapterFile, place
+from jora.methods.storage import AdapterFile, place, whole
 from jora.models.adapted import Bound
 from jora.models.config import ModelConfig
 from jora.models.model import Model
@@ -135,12 +134,8 @@ def extra_entries(adapter: Adapter) -> list[Entry]:
     entries = modules.entries(saved, trained[MODULES]) if saved else []
     for use in uses:
         rows = trained[TOKENS][use]
-        entries.append(Entry(tokens.file_name(use), rows.shape, partial(_whole, rows)))
+        entries.append(Entry(tokens.file_name(use), rows.shape, partial(whole, rows)))
     return entries
-
-
-def _whole(rows: Array) -> tuple[np.ndarray, ...]:
-    return (np.asarray(rows),)
 
 
 def extra_shapes(method: HasExtras, config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from jora.methods.lora import LoRA
 from jora.methods.method import Adapter, State
 from jora.methods.peft.options import REMEDY, check_numbers, read_targets, refuse_unknown
 from jora.methods.storage import AdapterFile, PeftFiles
-from jora.methods.targets import EMBED, HEAD, select
+from jora.methods.targets import as_names, select
 from jora.models.config import LINEARS, ModelConfig
 from jora.models.model import Model
 from jora.models.safetensors_file import Entry
@@ -144,14 +144,12 @@ def _targets(method: LoRA, config: ModelConfig) -> tuple[list[str], Any, list[in
         if targets == "all-linear":
             # Under PEFT the word means other modules in a multimodal class, and allows no layers_to_transform.
             targets = LINEARS
-        elif targets in (*LINEARS, EMBED, HEAD):
-            targets = (targets,)
-        else:
+        elif isinstance(as_names(targets), str):
             # PEFT matches a regular expression against modules that Jora does not count (norms, containers).
             return sorted(select(config, targets, method.exclude_modules, layers)), None, None
-    exclude = method.exclude_modules
+    exclude = as_names(method.exclude_modules)
     return (
-        sorted(targets),
+        sorted(as_names(targets)),
         exclude if isinstance(exclude, str) else sorted(exclude),
         [layers] if isinstance(layers, int) else sorted(layers or ()) or None,
     )
@@ -168,12 +166,13 @@ def from_peft(peft: Mapping[str, Any], config: ModelConfig, where: str) -> LoRA:
     layers = peft.get("layers_to_transform")
     ranks, alphas = peft.get("rank_pattern") or {}, peft.get("alpha_pattern") or {}
     check_numbers(where, {"r": peft.get("r", 8), **ranks}, int)
-    check_numbers(where, {"lora_alpha": peft.get("lora_alpha", 8), **alphas}, (int, float))
+    dropout = peft.get("lora_dropout") or 0.0
+    check_numbers(where, {"lora_alpha": peft.get("lora_alpha", 8), "lora_dropout": dropout, **alphas}, (int, float))
     return (DoRA if peft.get("use_dora") else LoRA)(
         rank=peft.get("r", 8),
         alpha=peft.get("lora_alpha", 8),
         targets=read_targets(peft, config, where),
-        dropout=peft.get("lora_dropout") or 0.0,
+        dropout=dropout,
         use_rslora=bool(peft.get("use_rslora")),
         rank_pattern=ranks,
         alpha_pattern=alphas,

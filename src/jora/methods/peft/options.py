@@ -28,11 +28,26 @@ _HARMLESS = frozenset(
 )
 
 
+# What the options that are no plain numbers may be, and what their lists hold.
+_FORMS: dict[str, tuple[tuple[type, ...], type]] = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"), ((str, list), str)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ((dict,), str)),
+    "modules_to_save": ((list,), str),
+    "layers_to_transform": ((int, list), int),
+    "trainable_token_indices": ((list, dict), object),
+}
+
+
 def refuse_unknown(peft: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raise InputError, by name, for an option that is set and neither known nor harmless."""
+    """Raise InputError, by name, for an option that is set and neither known nor harmless, or of another form."""
     for option in sorted(peft.keys() - _HARMLESS - set(known) - {"bias", "layers_pattern"}):
         if peft[option]:
             raise InputError(f"{where}: {option} is set, which Jora does not have; {REMEDY}")
+    for option, (forms, items) in _FORMS.items():
+        value = peft.get(option)
+        listed = value if isinstance(value, list | dict) else ()
+        if value is not None and not (isinstance(value, forms) and all(isinstance(item, items) for item in listed)):
+            raise InputError(f"{where}: {option} is {value!r}, which PEFT does not write")
     if peft.get("bias", "none") != "none":
         raise InputError(f"{where}: bias {peft['bias']!r} is set, which Jora does not have; {REMEDY}")
     patterns = peft.get("layers_pattern") or []

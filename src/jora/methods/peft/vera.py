@@ -119,12 +119,14 @@ def _first_vectors(method: VeRA, config: ModelConfig, target: str) -> dict[str, 
 def _from_peft(peft: Mapping[str, Any], config: ModelConfig, where: str) -> VeRA:
     refuse_unknown(peft, _KNOWN, where)
     check_numbers(where, {"r": peft.get("r", 256), "projection_prng_key": peft.get("projection_prng_key", 0)}, int)
+    rates = {"vera_dropout": peft.get("vera_dropout") or 0.0, "d_initial": peft.get("d_initial", 0.1)}
+    check_numbers(where, rates, (int, float))
     layers = peft.get("layers_to_transform")
     return VeRA(
         rank=peft.get("r", 256),
         targets=read_targets(peft, config, where),
-        dropout=peft.get("vera_dropout") or 0.0,
-        d_initial=peft.get("d_initial", 0.1),
+        dropout=rates["vera_dropout"],
+        d_initial=rates["d_initial"],
         projection_prng_key=peft.get("projection_prng_key", 0),
         layers_to_transform=None if layers == [] else layers,
     )

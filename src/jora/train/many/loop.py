@@ -11,7 +11,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +18,9 @@ import jax
 import numpy as np
 
 from jora.errors import InputError
-from jora.methods.method import Adapter, State
 from jora.models.decoder import Remat
 from jora.models.model import Model
 from jora.reporting import Reporter
-from jora.train.checkpoints import check_same_run
 from jora.train.evaluation import evaluation_loss
 from jora.train.feed import to_devices
 from jora.train.interrupt import delayed_interrupt
@@ -32,35 +29,11 @@ from jora.train.many.jobs import ManyOptions
 from jora.train.many.plan import Planned, Prepared, bank_of, choose_programs, group_jobs
 from jora.train.many.programs import SETTING_TYPES, BankPrograms
 from jora.train.many.record import BankCheckpoints, BankProgress, JobProgress, JobResult, write_results
+from jora.train.many.running import Running
 from jora.train.many.state import empty_arrays
 from jora.train.many.step import Measured, Settings
 from jora.train.memory import peak_bytes
-from jora.train.metrics import MetricsFile
-from jora.train.optimizer import learning_rate
-from jora.train.record import write_config
-
-RATE_STEPS = 10  # the time of a step is the mean over this many
-
-
-@dataclass
-class Running:
-    """A job of this run."""
-
-    prepared: Prepared
-    kind: int
-    directory: Path
-    progress: JobProgress
-    metrics: MetricsFile
-    due: bool = field(default=False)  # its last step asks for an evaluation, or is its last
-
-    @property
-    def name(self) -> str:
-        return self.prepared.job.name
-
-    @property
-    def place(self) -> int:
-        assert self.progress.place is not None
-        return self.progress.place
+from jora.train.metrics import RATE_STEPS
 
 
 class _Pending(NamedTuple):
@@ -90,12 +63,13 @@ class ManyRun:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the numbers."""
         own = {f"job {p.job.name}, {k}": v for p in self.prepared for k, v in p.identity.items()}
-        return {"jobs": [p.job.name for p in self.prepared], "at_once": self.options.at_once, **own}
+        shared = {"at_once": self.options.at_once, "deterministic": self.options.deterministic}
+        return {"jobs": [p.job.name for p in self.prepared], **shared, **own}
 
     def execute(self, write_head: Callable[[dict[str, Any]], None]) -> list[JobResult]:
         """Set up, train, and write the results. `write_head` writes the directory's config.yaml."""
         identity = self.identity()
-        saved = self._saved_progress(identity)
+        saved: BankProgress | None = self.checkpoints.latest(identity, self.reporter) if self.options.resume else None
         remat = self._compile(saved)
         if saved is None:
             jobs = {each.job.name: JobProgress() for each in self.prepared}
@@ -104,7 +78,7 @@ class ManyRun:
             self.arrays = [empty_arrays(each) for each in self.programs.arrays]
         else:
             self.progress = saved
-            self.arrays = self.checkpoints.restore(saved.step, self.programs.arrays)  # type: ignore[arg-type, assignment]
+            self.arrays = self.checkpoints.restore(saved.step, self.programs.arrays)
         self.jobs = self._open_jobs()
         self.started = time.monotonic() - max(job.metrics.seconds for job in self.jobs)
         self.last_read = time.monotonic()
@@ -114,19 +88,6 @@ class ManyRun:
         finally:
             for job in self.jobs:
                 job.metrics.close()
-
-    def _saved_progress(self, identity: dict[str, Any]) -> BankProgress | None:
-        """Of the checkpoint to continue from, or None to start at step 0."""
-        if not self.options.resume:
-            return None
-        steps = self.checkpoints.steps()
-        if not steps:
-            self.reporter.note(f"{self.directory}: no checkpoint yet, starting at step 0")
-            return None
-        progress = self.checkpoints.read_progress(steps[-1])
-        check_same_run(progress.identity, identity, self.directory)
-        self.reporter.note(f"resuming after step {progress.step}")
-        return progress
 
     def _compile(self, saved: BankProgress | None) -> Remat:
         """All programs of the run, and the rematerialisation that was chosen (a resumed run keeps its own)."""
@@ -145,18 +106,10 @@ class ManyRun:
 
     def _open_jobs(self) -> list[Running]:
         kinds = {job: k for k, group in enumerate(self.groups) for job in group.jobs}
-        opened = []
-        for number, each in enumerate(self.prepared):
-            directory = self.directory / each.job.name
-            directory.mkdir(exist_ok=True)
-            progress = self.progress.jobs[each.job.name]
-            if progress.step == 0:
-                adapter = Adapter(each.job.method, State(None, None), self.model.config)
-                given = {"data": each.job.data, "eval_data": each.job.eval_data}
-                write_config(directory, self.model, adapter, each.job.options, {"trained beside": "others"}, given)
-            metrics = MetricsFile(directory / "metrics.jsonl", keep_until=progress.step)
-            opened.append(Running(each, kinds[number], directory, progress, metrics))
-        return opened
+        return [
+            Running.open(each, kinds[number], self.directory, self.progress.jobs[each.job.name], self.model)
+            for number, each in enumerate(self.prepared)
+        ]
 
     # --- a step ---
 
@@ -206,8 +159,7 @@ class ManyRun:
         measured = self.programs.step(self.arrays, batches, self._settings(running, chosen.kinds), chosen)
         before = self.pending
         for job in running:
-            job.progress.step += 1
-            job.due = self._is_due(job)
+            job.advance()
         numbered = [(job, job.progress.step, each) for job, each in zip(running, rows, strict=True)]
         self.pending = _Pending(numbered, chosen.kinds, measured)
         self.progress.step += 1
@@ -221,19 +173,11 @@ class ManyRun:
             values = [(False, 0, 0.0, 0.9, 0.999, 1e-8, 0.0, math.inf)] * self.groups[k].kind.jobs
             for job in running:
                 if job.kind == k:
-                    values[job.place] = _settings_of(job)
+                    values[job.place] = job.settings()
             columns: Any = zip(zip(*values, strict=True), SETTING_TYPES, strict=True)
             found.append(Settings(*(np.array(column, dtype) for column, dtype in columns)))
         placed: tuple[Settings, ...] = jax.device_put(tuple(found), self.whole)
         return placed
-
-    def _is_due(self, job: Running) -> bool:
-        step, schedule, options = job.progress.step, job.prepared.schedule, job.prepared.job.options
-        if step == schedule.total:
-            return True
-        if job.prepared.evaluation is None:
-            return False
-        return step % options.eval_every == 0 if options.eval_every else schedule.ends_epoch(step)
 
     # --- what comes back ---
 
@@ -251,41 +195,14 @@ class ManyRun:
                 continue
             values = Measured(*(x[job.place] for x in measured[job.kind]))
             if not values.ok:
-                self._fail(job, step, values)
+                job.progress.step = step - 1
+                seen = f"the loss is {float(values.loss)} and the gradient's norm {float(values.grad_norm)}"
+                self.reporter.note(job.fail(step, seen))
                 continue
-            self._write(job, step, rows, values, seconds, memory, now)
+            job.write(step, rows, values, seconds, memory, now - self.started)
         done = sum(job.progress.step for job in self.jobs)
         tokens = sum(rows.tokens for _, _, rows in pending.jobs)
         self.reporter.update(done, jobs=len(pending.jobs), tokens_per_s=tokens / max(seconds, 1e-9))
-
-    def _write(
-        self, job: Running, step: int, rows: JobRows, values: Measured, seconds: float, memory: int, now: float
-    ) -> None:
-        options, total = job.prepared.job.options, job.prepared.schedule.total
-        if step % options.log_every and step != total:
-            return
-        job.metrics.write(
-            {
-                "step": step,
-                "epoch": rows.epoch,
-                "loss": float(values.loss),
-                "learning_rate": float(learning_rate(step - 1, options, total)),
-                "grad_norm": float(values.grad_norm),
-                "tokens": rows.tokens,
-                "answer_tokens": rows.answer_tokens,
-                "tokens_per_s": round(rows.tokens / max(seconds, 1e-9), 1),
-                "memory_bytes": memory,
-                "seconds": round(now - self.started, 3),
-            }
-        )
-
-    def _fail(self, job: Running, step: int, values: Measured) -> None:
-        job.progress.reason = (
-            f"step {step}: the loss is {float(values.loss)} and the gradient's norm {float(values.grad_norm)}: lower "
-            f"learning_rate (now {job.prepared.job.options.learning_rate}) or raise warmup"
-        )
-        job.progress.step = step - 1
-        self._end(job, "failed")
 
     def _drain(self) -> None:
         """Read the step that is under way."""
@@ -298,74 +215,44 @@ class ManyRun:
         """Evaluate and end the jobs whose turn it is."""
         for job in due:
             job.due = False
+            if job.progress.status == "running":
+                self._evaluate(job)
             if job.progress.status != "running":
                 continue
-            state = None
-            if job.prepared.evaluation is not None:
-                state = self._evaluate(job)
-            patience = job.prepared.job.options.patience
-            if job.progress.step == job.prepared.schedule.total:
-                if job.prepared.evaluation is None:
-                    self._save_adapter(job, state or self._leave(job))
-                self._end(job, "finished")
-            elif patience is not None and job.progress.evaluations_since_best >= patience:
-                self._end(job, "stopped")
+            if job.progress.step == job.total:
+                self.reporter.note(job.end("finished"))
+            elif job.exhausted_patience():
+                self.reporter.note(job.end("stopped"))
         self.last_read = time.monotonic()
 
-    def _leave(self, job: Running) -> State:
-        return self.programs.moves[job.kind].leave(self.arrays[job.kind], job.place)
-
-    def _evaluate(self, job: Running) -> State:
-        """Loss of the job's own evaluation data; the adapter of its best is kept. Returns the job's state."""
-        assert job.prepared.evaluation is not None
-        state, progress = self._leave(job), job.progress
-        programs = self.programs.evaluations[job.kind, job.prepared.job.options.packing]
+    def _evaluate(self, job: Running) -> None:
+        """Loss of the job's own evaluation data: the adapter of its best is kept, without such data that of its end."""
+        state = self.programs.moves[job.kind].leave(self.arrays[job.kind], job.place)
+        if job.prepared.evaluation is None:
+            job.save_adapter(state, self.model)
+            return
+        programs = self.programs.evaluations[job.kind, job.options.packing]
         loss, answers = evaluation_loss(
             job.prepared.evaluation, programs, state.trained, state.constant, self.model.params, self.reporter
         )
-        best = progress.best_loss is None or loss < progress.best_loss
-        if best:
-            progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
-            self._save_adapter(job, state)
-        else:
-            progress.evaluations_since_best += 1
-        seconds = round(time.monotonic() - self.started, 3)
-        line = {"step": progress.step, "eval_loss": loss, "eval_answer_tokens": answers, "best": best}
-        job.metrics.write({**line, "seconds": seconds})
-        return state
-
-    def _save_adapter(self, job: Running, state: State) -> None:
-        adapter = Adapter(job.prepared.job.method, state, self.model.config, dict(self.model.identity))
-        adapter.method.save_result(adapter, self.model, job.directory)
-
-    def _end(self, job: Running, status: Any) -> None:
-        job.progress.status, job.progress.place = status, None
-        self.reporter.note(f"{job.name}: {job.progress.reason or f'{status} after step {job.progress.step}'}")
+        if not math.isfinite(loss):
+            self.reporter.note(job.fail(job.progress.step, f"the evaluation loss is {loss}"))
+        elif job.evaluated(loss, answers, time.monotonic() - self.started):
+            job.save_adapter(state, self.model)
 
     def _save(self) -> Path:
         """A checkpoint of the current step, unless there is one."""
         self._drain()
         path = self.checkpoints.path(self.progress.step)
         if not path.exists():
-            self.checkpoints.save(self.arrays, self.progress)  # type: ignore[arg-type]
+            self.checkpoints.save(self.arrays, self.progress)
         self.last_read = time.monotonic()
         return path
 
     def _results(self) -> list[JobResult]:
-        results = []
-        for job in self.jobs:
-            p = job.progress
-            where = (job.metrics.history, job.directory)
-            results.append(JobResult(job.name, p.status, p.step, *where, p.best_step, p.best_loss, p.reason))
+        results = [job.result() for job in self.jobs]
         write_results(self.directory, results)
         failed = [result.name for result in results if result.status == "failed"]
         if len(failed) == len(results):
             raise InputError(f"every job failed; {failed[0]}: {results[0].reason}")
         return results
-
-
-def _settings_of(job: Running) -> tuple[Any, ...]:
-    o = job.prepared.job.options
-    rate = float(learning_rate(job.progress.step, o, job.prepared.schedule.total))
-    norm = o.max_grad_norm or math.inf
-    return (True, o.seed, rate, o.beta1, o.beta2, o.epsilon, o.weight_decay, norm)

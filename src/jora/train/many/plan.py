@@ -93,7 +93,8 @@ def _shapes(state: State) -> Any:
 
 def abstract_state(method: Method, model: Model) -> State:
     """Shapes and dtypes of one job's arrays."""
-    return jax.eval_shape(lambda key: method.init(model, key).state, jax.random.key(0))
+    shapes = model.abstract()
+    return jax.eval_shape(lambda key: method.init(shapes, key).state, jax.random.key(0))
 
 
 def bank_of(groups: Sequence[Group], kinds: Iterable[int], shards: int) -> Bank:

@@ -17,8 +17,8 @@ from jora.train.feed import abstract_batches
 from jora.train.many.plan import Group, Planned, Prepared, bank_of, micro_batches, smallest
 from jora.train.many.state import KindArrays, Moves, abstract_arrays, abstract_job, moves
 from jora.train.many.step import NO_UPDATE, BankProgram, Measured, Settings, bank_step
-from jora.train.memory import free_bytes, return_freed_memory
-from jora.train.programs import DETERMINISTIC, Programs, abstract_params_of
+from jora.train.memory import free_bytes
+from jora.train.programs import Programs, abstract_params_of, compile_lowered
 from jora.train.remat import choose_remat
 from jora.train.step import Program, TrainState
 
@@ -37,8 +37,7 @@ class BankPrograms:
         self.arrays = [abstract_arrays(group.kind, model) for group in groups]
         self.jobs = [abstract_job(group.kind, model) for group in groups]
         self.moves: list[Moves] = []
-        on_gpu = self.layout.mesh.devices.flat[0].platform == "gpu"
-        self.compiler_options = DETERMINISTIC if deterministic and on_gpu else None
+        self.deterministic = deterministic
         self.steps: dict[Planned, Any] = {}
         self.evaluations: dict[tuple[int, bool], Programs] = {}
 
@@ -67,9 +66,7 @@ class BankPrograms:
 
     def compile_step(self, planned: Planned, remat: Remat) -> Any:
         """The executable step of what `planned` holds."""
-        compiled = self.trace(planned, remat).lower().compile(compiler_options=self.compiler_options)
-        return_freed_memory()
-        return compiled
+        return compile_lowered(self.trace(planned, remat).lower(), self.layout, self.deterministic)
 
     def choose_remat(self, largest: Planned) -> Remat:
         """The least rematerialisation that fits."""
@@ -86,7 +83,9 @@ class BankPrograms:
             self.moves.append(moves(arrays, job))
             reporter.update(number)
         for number, (kind, packed, shape) in enumerate(evaluated, start=len(planned) + len(self.groups) + 1):
-            programs = self.evaluations.setdefault((kind, packed), self._evaluation(kind, packed, remat))
+            if (kind, packed) not in self.evaluations:
+                self.evaluations[kind, packed] = self._evaluation(kind, packed, remat)
+            programs = self.evaluations[kind, packed]
             programs.evaluate[shape] = programs.compile_evaluate(shape)
             reporter.update(number)
         reporter.finish()
@@ -107,7 +106,7 @@ class BankPrograms:
         first = next(p for p in (self.prepared[n] for n in self.groups[kind].jobs) if p.job.options.packing == packed)
         program = Program(self.model.config, self.layout, method, NO_UPDATE, remat)
         state = TrainState(job.trained, None, None)  # type: ignore[arg-type]
-        options = dataclasses.replace(first.job.options, deterministic=self.compiler_options is not None)
+        options = dataclasses.replace(first.job.options, deterministic=self.deterministic)
         return Programs(program, state, job.constant, abstract_params_of(self.model), options)
 
     def step(self, arrays: list[KindArrays], batches: Any, settings: Any, chosen: Planned) -> tuple[Measured, ...]:

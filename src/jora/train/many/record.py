@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jora import __version__
 from jora.errors import InputError
 from jora.files import atomic_write
 from jora.methods.storage import method_options
@@ -19,7 +18,7 @@ from jora.models.source import read_json
 from jora.train.checkpoints import Checkpoints, Progress
 from jora.train.many.jobs import SHARED, Job, ManyOptions
 from jora.train.metrics import Line
-from jora.train.record import CONFIG
+from jora.train.record import CONFIG, model_values, write_values
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 RESULTS = "results.json"
@@ -104,20 +103,13 @@ def write_many_config(
     directory: Path, model: Model, jobs: Sequence[Job], options: ManyOptions, about: Mapping[str, Any]
 ) -> None:
     """config.yaml: all jobs with all their options, as `jora train-many` reads them."""
-    import jax
-    import yaml
-
     values = {
-        "model": model.identity.get("name", model.path),
-        "dtype": str(model.dtype),
+        **model_values(model),
         "out": os.fspath(directory),
         **_plain(dataclasses.asdict(options), leave=("resume",)),
         "jobs": [_job_values(job) for job in jobs],
     }
-    notes = {"jora": __version__, "jax": jax.__version__, **about}
-    with atomic_write(directory / CONFIG) as temporary:
-        header = "".join(f"# {name}: {value}\n" for name, value in notes.items())
-        temporary.write_text(header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_values(directory / CONFIG, values, about)
 
 
 def _job_values(job: Job) -> dict[str, Any]:
