@@ -43,7 +43,10 @@ class MethodChoice(CommandOptions):
         Raises:
             InputError: there is no such method.
         """
-        return typing.cast("type[Self]", _with_method(cls, value_of("method") or DEFAULT))  # type: ignore[arg-type]
+        from jora.methods import registry
+
+        made = _with_method(cls, value_of("method") or DEFAULT, tuple(registry.names()))  # type: ignore[arg-type]
+        return typing.cast("type[Self]", made)
 
     @classmethod
     def explain(cls, name: str) -> str | None:
@@ -68,13 +71,14 @@ class MethodChoice(CommandOptions):
 
 
 @functools.cache
-def _with_method(cls: type[MethodChoice], name: str) -> type[MethodChoice]:
+def _with_method(cls: type[MethodChoice], name: str, known: tuple[str, ...]) -> type[MethodChoice]:
+    """`cls` with the options of method `name`; `known` are all methods, of which more may be registered later."""
     from jora.methods import registry
 
     group = options_of(registry.method_class(name))
     if shared := set(option_names(group)) & set(option_names(cls)):
         raise ValueError(f"method {name}: its option {min(shared)!r} has the name of an option of the command itself")
-    text = f"How to adapt: {', '.join(registry.names())}. `--method NAME --help` shows that method's options."
+    text = f"How to adapt: {', '.join(known)}. `--method NAME --help` shows that method's options."
     title = tyro.conf.arg(name=name, help=group.__doc__)
     group_field = dataclasses.field(default_factory=group) if _has_defaults(group) else dataclasses.field()
     fields: list[tuple[str, Any, Any]] = [
