@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from one_step import compiled_step, random_row
 
 RANK, BASES, ANSWERS = 16, 512, 64
 PACKAGES = ("jax", "jaxlib")
@@ -49,43 +50,14 @@ def options() -> argparse.Namespace:
 
 def stepper(base: Any, method: Any, length: int, remat: Any) -> tuple[Callable[[], float], dict[str, float]]:
     """(a call that takes one training step and gives its seconds, facts of the compiled program)."""
-    import jax
-    import numpy as np
-
-    from jora.data.batches import Batches, Tokenised
-    from jora.train.feed import Schedule, batch_options, to_devices
-    from jora.train.optimizer import make_optimizer
-    from jora.train.options import TrainOptions
-    from jora.train.programs import Programs, abstract_params_of
-    from jora.train.state import abstract_adapter, abstract_train_state, first_train_state
-    from jora.train.step import Program
-
-    adapter = method.init(base, jax.random.key(0))
-    chosen = TrainOptions(batch_size=1, max_steps=1, max_length=length)
-    tokens = np.random.default_rng(0).integers(3, base.config.vocab_size, length).astype(np.int32)
-    batches = Batches([Tokenised(tokens, np.arange(length) >= length - ANSWERS)], batch_options(chosen, base.layout))
-    schedule = Schedule(batches, 1, 1)
-    optimizer = make_optimizer(chosen, 1)
-    shapes = abstract_adapter(method, adapter.state, base.config, base.layout)
-    abstract = abstract_train_state(shapes.trained, optimizer, base.layout)
-    program = Program(base.config, base.layout, method, optimizer, remat)
-    programs = Programs(program, abstract, shapes.constant, abstract_params_of(base), chosen)
-    compiled = programs.compile_train(schedule.shapes[0], program)
-    batch = to_devices(batches.build(schedule.step(0)[1]), base.layout, packed=False)
-    seed = jax.device_put(np.uint32(0), base.layout.sharding(()))
-    constant = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), adapter.state.constant, shapes.constant)
-    state = [first_train_state(adapter, abstract, optimizer)]
+    take, compiled, trained = compiled_step(base, method, [random_row(base, length, ANSWERS)], remat)
 
     def step() -> float:
         start = time.perf_counter()
-        state[0], metrics = compiled(state[0], constant, base.params, batch, seed)
-        float(metrics["loss"])
-        jax.block_until_ready(state[0])
+        take()
         return time.perf_counter() - start
 
-    analysis = compiled.memory_analysis()
-    trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.trained))
-    return step, {"trained": trained, "temporary_mib": analysis.temp_size_in_bytes / 2**20}
+    return step, {"trained": trained, "temporary_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20}
 
 
 def counts(config: Any) -> dict[str, float]:

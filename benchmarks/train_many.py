@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from one_step import compiled_step, random_row
 
 RANKS = (4, 8, 16, 32, 64)
 PACKAGES = ("jax", "jaxlib")
@@ -45,12 +46,7 @@ def options() -> argparse.Namespace:
 
 def row(base: Any, length: int, seed: int) -> Any:
     """Random tokens, the last quarter of them the answer."""
-    import numpy as np
-
-    from jora.data.batches import Tokenised
-
-    tokens = np.random.default_rng(seed).integers(3, base.config.vocab_size, length).astype(np.int32)
-    return Tokenised(tokens, np.arange(length) >= length - max(1, length // 4))
+    return random_row(base, length, max(1, length // 4), seed)
 
 
 def ranks_of(jobs: int) -> list[int]:
@@ -60,37 +56,9 @@ def ranks_of(jobs: int) -> list[int]:
 
 def single(base: Any, rank: int, rows: int, length: int, remat: Any) -> tuple[Step, Any, int]:
     """(one step of `jora train`, its compiled program, trained parameters)."""
-    import jax
-    import numpy as np
-
-    from jora.data.batches import Batches
     from jora.methods.lora import LoRA
-    from jora.train.feed import Schedule, batch_options, to_devices
-    from jora.train.optimizer import make_optimizer
-    from jora.train.options import TrainOptions
-    from jora.train.programs import Programs, abstract_params_of
-    from jora.train.state import abstract_adapter, abstract_train_state, first_train_state
-    from jora.train.step import Program
 
-    method = LoRA(rank=rank)
-    adapter = method.init(base, jax.random.key(0))
-    chosen = TrainOptions(batch_size=rows, max_steps=1, max_length=length)
-    batches = Batches([row(base, length, n) for n in range(rows)], batch_options(chosen, base.layout))
-    schedule, optimizer = Schedule(batches, 1, 1), make_optimizer(chosen, 1)
-    shapes = abstract_adapter(method, adapter.state, base.config, base.layout)
-    abstract = abstract_train_state(shapes.trained, optimizer, base.layout)
-    program = Program(base.config, base.layout, method, optimizer, remat)
-    programs = Programs(program, abstract, shapes.constant, abstract_params_of(base), chosen)
-    compiled = programs.compile_train(schedule.shapes[0], program)
-    batch = to_devices(batches.build(schedule.step(0)[1]), base.layout, packed=False)
-    seed = jax.device_put(np.uint32(0), base.layout.sharding(()))
-    state = [first_train_state(adapter, abstract, optimizer)]
-
-    def step() -> None:
-        state[0], _ = compiled(state[0], adapter.state.constant, base.params, batch, seed)
-        jax.block_until_ready(state[0])
-
-    return step, compiled, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.trained))
+    return compiled_step(base, LoRA(rank=rank), [row(base, length, n) for n in range(rows)], remat)
 
 
 def many(base: Any, jobs: int, length: int, remat: Any) -> tuple[Step, Any, int]:

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file
 from tests.methods.gradients import assert_same, loss_and_gradients, weights
-from tests.tiny import tiny
+from tests.methods.peft_oracle import base
+from tests.tiny import assert_close, logits, tiny, tokens
 
+import jora
 from jora.methods.method import Adapter, State
 from jora.models.model import Model
 
@@ -40,6 +43,21 @@ def loaded(family: str, directory: Path, trainable: bool = False) -> PeftModel:
         warnings.filterwarnings("ignore", TIED_WARNING)
         model = copy.deepcopy(tiny(family)[0])
         return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable).eval()
+
+
+def assert_both_ways(family: str, config: PeftConfig, directory: Path) -> None:
+    """PEFT's adapter here, and what is saved here in PEFT: the same logits, which are not the base's; equal files."""
+    model, ids = base(family), tokens()
+    expected = logits(made(family, config, directory / "theirs"), ids)
+    adapter = jora.load_adapter(directory / "theirs", model)
+    assert_close(model(ids, adapter), expected)
+    assert np.abs(expected - logits(tiny(family)[0], ids)).max() > 0.1 * expected.std()
+    jora.save_adapter(adapter, directory / "ours")
+    assert_close(logits(loaded(family, directory / "ours"), ids), expected)
+    theirs, ours = (load_file(directory / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value)
 
 
 def assert_gradients(model: Model, adapter: Adapter, peft: PeftModel, ids: np.ndarray) -> None:

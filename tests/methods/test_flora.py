@@ -171,7 +171,7 @@ def test_counts() -> None:
     bare = Model(None, LLAMA_2_7B, single_device(), {}, "", {})  # type: ignore[arg-type]
     state = jax.eval_shape(lambda key: FLoRA().init(bare, key).state, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(state.trained)) == 524_288
-    with pytest.raises(InputError, match=r"rank 5000 is above the smaller side of ._proj, which is 4096"):
+    with pytest.raises(InputError, match=r"rank 5000 is above ._proj, which is 4096 x 4096"):
         FLoRA(rank=5000).init(bare, jax.random.key(0))
     with pytest.raises(InputError, match="lm_head cannot be adapted"):
         FLoRA(targets=["lm_head"]).init(bare, jax.random.key(0))

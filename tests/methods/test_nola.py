@@ -221,7 +221,7 @@ def _state(method: Any, model: Model, key: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(rank=33), r"NOLA: rank 33 is above that of q_proj, a 32 x 32 matrix; choose at most 32"),
+        (dict(rank=33), r"nola: rank 33 is above q_proj, which is 32 x 32"),
         (dict(targets=["q_proj", "embed_tokens"]), "embed_tokens is a table"),
         (dict(basis_version=2), "version 2 of the hash, this Jora makes version 1"),
         (dict(bases=0), "bases must be at least 1, found 0"),

@@ -14,7 +14,7 @@ import pytest
 from peft import VeraConfig
 from safetensors.numpy import load_file, save_file
 from tests.methods.gradients import shaken
-from tests.methods.peft_configs import assert_gradients, edit, loaded, made
+from tests.methods.peft_configs import assert_both_ways, assert_gradients, edit, loaded, made
 from tests.methods.peft_oracle import base
 from tests.tiny import assert_close, logits, tiny, tokens
 from transformers import AutoModelForCausalLM
@@ -37,17 +37,7 @@ def config(**options: Any) -> VeraConfig:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_both_ways(variant: str, tmp_path: Path) -> None:
-    model, ids = base("llama3"), tokens()
-    expected = logits(made("llama3", config(**VARIANTS[variant]), tmp_path / "theirs"), ids)
-    adapter = jora.load_adapter(tmp_path / "theirs", model)
-    assert_close(model(ids, adapter), expected)
-    assert np.abs(expected - logits(tiny("llama3")[0], ids)).max() > 0.1 * expected.std()
-    jora.save_adapter(adapter, tmp_path / "ours")
-    assert_close(logits(loaded("llama3", tmp_path / "ours"), ids), expected)
-    theirs, ours = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
-    assert theirs.keys() == ours.keys()
-    for name, value in theirs.items():
-        np.testing.assert_array_equal(ours[name], value)
+    assert_both_ways("llama3", config(**VARIANTS[variant]), tmp_path)
 
 
 def test_a_fresh_adapter_is_the_base_with_the_projections_of_its_key(tmp_path: Path) -> None:

@@ -204,23 +204,26 @@ def test_merging_makes_dense_rows(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_on_nf4(tmp_path: Path) -> None:
-    """jora.train on one device and on a mesh: the loss falls, and both end with the same adapter."""
+    """jora.train on one device, on a mesh and on the dense weights that nf4 stands for: the same losses and adapter."""
     path = bytewise_llama(tmp_path / "model")
     options = TrainOptions(
         batch_size=4, max_steps=8, learning_rate=1e-2, max_length=48, schedule="constant", warmup=0.0
     )
     lines = [{"prompt": f"the colour of {n} is", "completion": " blue"} for n in ("sky", "sea", "ink", "ice")]
-    results = []
-    for mesh in (None, "fsdp=2,tensor=2"):
-        model = load_model(path, quant="nf4", mesh=mesh)
-        results.append(jora.train(model, LoRA(rank=4), lines, out=tmp_path / f"run {mesh}", options=options))
+    model = load_model(path, quant="nf4")
+    jora.merge(model, LoRA(rank=1).init(model, jax.random.key(0))).save(tmp_path / "dense")
+    bases = (model, load_model(path, quant="nf4", mesh="fsdp=2,tensor=2"), load_model(tmp_path / "dense"))
+    results = [
+        jora.train(each, LoRA(rank=4), lines, out=tmp_path / f"run {n}", options=options)
+        for n, each in enumerate(bases)
+    ]
     history = [line["loss"] for line in results[0].history]
     assert history[-1] < history[0] - 0.2  # of a random model, whose head does not train
-    assert [line["loss"] for line in results[1].history] == pytest.approx(history, rel=1e-3)
     files = [load_file(result.directory / "adapter" / "adapter_model.safetensors") for result in results]
-    for name, value in files[0].items():
-        assert np.linalg.norm(files[1][name] - value) < 1e-2 * np.linalg.norm(value)
-    model = load_model(path, quant="nf4")
+    for other in (1, 2):
+        assert [line["loss"] for line in results[other].history] == pytest.approx(history, rel=1e-3)
+        for name, value in files[0].items():
+            assert np.linalg.norm(files[other][name] - value) < 1e-2 * np.linalg.norm(value)
     adapter = jora.load_adapter(results[0].directory / "adapter", model)
     text = jora.generate(model, [line["prompt"] for line in lines], adapter=adapter, max_new_tokens=5)
     assert text == jora.generate(
@@ -259,6 +262,11 @@ def test_other_quantised_directories_are_refused(tmp_path: Path) -> None:
     save_file({**stored, f"{name}.absmax": stored[f"{name}.absmax"][:-1]}, path)
     with pytest.raises(InputError, match=rf"{name}: cut short"):
         load()
+    state = f"{name}.quant_state.bitsandbytes__nf4"
+    for broken in (b"{", b'{"shape": 3}', b'{"shape": [32, 48]}'):
+        save_file({**stored, state: np.frombuffer(broken, np.uint8)}, path)
+        with pytest.raises(InputError, match=rf"{name}\S+: is not bitsandbytes' state of a weight"):
+            load()
     dense = load_file(Path(tiny("gemma3", num_hidden_layers=2)[1]) / "model.safetensors")
     save_file({**{n: v for n, v in stored.items() if not n.startswith(name)}, name: dense[name]}, path)
     with pytest.raises(InputError, match=rf"{name} is not quantised"):

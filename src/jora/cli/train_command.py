@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from jora.cli.common import ModelOptions, open_model
+from jora.cli.common import ModelOptions, open_model, quant_kind
 from jora.cli.method_choice import MethodChoice
 from jora.errors import InputError
 from jora.reporting import Reporter
@@ -30,9 +30,12 @@ class Options(MethodChoice, ModelOptions):
 
 def run(options: Options, reporter: Reporter) -> None:
     """Load and train."""
+    from jora.models.model import check_dense
+
     method = options.build_method()  # before the model: a mistake in it should not wait for the weights
     if options.adapter is not None and options.chooses_method():
         raise InputError("jora train: --adapter brings its own rank, targets and so on; leave those options out")
+    check_dense(method, quant_kind(options))
     model = open_model(options, reporter)
     import jora
 

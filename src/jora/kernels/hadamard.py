@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jora.kernels.on_shards import Axes, mesh_axes, on_shards
+from jora.kernels.on_shards import Axes, on_shards
 from jora.kernels.widen import widen
 from jora.sharding import Layout
+from jora.sharding.layout import mesh_axes
 
 
 def hadamard_product(
@@ -58,5 +59,8 @@ def _local(x: Array, weight: Array, inputs: Array, outputs: Array, over: tuple[s
     terms = jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=jnp.float32)
     terms = terms.astype(x.dtype).astype(jnp.float32)
     # Not jnp.sum: the CPU compiler of jax 0.10 fuses that with the product and may return what it never wrote.
-    y = sum(terms[:, j] * outputs[:, j, None] for j in range(inputs.shape[1])).astype(x.dtype)  # type: ignore[union-attr]
+    y = terms[:, 0] * outputs[:, 0, None]
+    for j in range(1, inputs.shape[1]):
+        y += terms[:, j] * outputs[:, j, None]
+    y = y.astype(x.dtype)
     return jax.lax.psum(y, over) if over else y

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jora.sharding import Layout
+from jora.sharding.layout import mesh_axes
 
 Axes = Sequence[str | None]
 
@@ -44,11 +44,6 @@ def on_shards(
         own, mesh=layout.mesh, in_specs=specs, out_specs=layout.spec(tuple(out_axes), tuple(out_shape))
     )
     return mapped(*arrays)
-
-
-def mesh_axes(spec: PartitionSpec) -> tuple[str, ...]:
-    """The mesh axes of a partition, in order."""
-    return tuple(name for part in spec if part is not None for name in ((part,) if isinstance(part, str) else part))
 
 
 def _differing(x: Array, axes: set[str]) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jora.methods.extras.both import extra_mergers
-from jora.methods.lora import LoRA, site_shape
+from jora.methods.lora import LoRA, site_shape, true_sizes
 from jora.methods.method import Adapter, ModuleSite, RowsMerger, State
 from jora.methods.storage import place
 from jora.methods.targets import EMBED, HEAD
@@ -42,10 +42,7 @@ def factor_sites(method: LoRA, config: ModelConfig) -> list[FactorSite]:
     """Every adapted module, layer by layer."""
     found = []
     for target, by_layer in method.sites(config).items():
-        shape = site_shape(config, target)
-        # Files know no padding of the vocabulary.
-        into = config.vocab_size if target == EMBED else shape.in_size
-        out = config.vocab_size if target == HEAD else shape.out_size
+        into, out = true_sizes(config, target)
         for layer, (rank, scale) in by_layer.items():
             names = _names(target, layer)
             shapes: tuple[tuple[int, ...], ...] = ((rank, into), (out, rank))

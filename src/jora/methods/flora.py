@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 from jora.errors import InputError
 from jora.kernels.hadamard import hadamard_product
 from jora.methods.layer_sites import layer_masks, layer_sites
-from jora.methods.lora import site_shape
+from jora.methods.lora import check_rank, site_shape
 from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
@@ -96,9 +96,7 @@ class FLoRA(Method):
         """{target: which of its layers are adapted}. Raises InputError for a rank above a matrix's smaller side."""
         sites = layer_sites("flora", config, self.targets, self.exclude_modules, self.layers_to_transform)
         for target, _ in sites.values():
-            shape = site_shape(config, target)
-            if self.rank > (most := min(shape.in_size, shape.out_size)):
-                raise InputError(f"flora: rank {self.rank} is above the smaller side of {target}, which is {most}")
+            check_rank("flora", config, target, self.rank)
         return layer_masks(config, sites.values())
 
     def init(self, model: Any, key: Array) -> Adapter:

@@ -36,17 +36,14 @@ def loftq_state(method: LoRA, model: Model) -> State:
     rank above a matrix's.
     """
     from jora.methods.factors import Factors, device_state, factor_sites
+    from jora.methods.lora import check_rank
 
     if model.quant is None:
         raise InputError("init_lora_weights loftq makes up for quantisation: load the model with quant=nf4 or int8")
     if ends := sorted({EMBED, HEAD} & method.sites(model.config).keys()):
         raise InputError(f"init_lora_weights loftq: {ends[0]} is not quantised; leave it out of the targets")
     for site in factor_sites(method, model.config):
-        (_, into), (out, *_) = site.shapes[:2]
-        if site.rank > min(into, out):
-            raise InputError(
-                f"init_lora_weights loftq: rank {site.rank} is above {site.target}, which is {into} x {out}; lower it"
-            )
+        check_rank("init_lora_weights loftq", model.config, site.target, site.rank)
     source = open_model(Path(model.path))[0]
     tensors = {tensor.site: tensor for tensor in device_tensors(model.params, model.config)}
     if isinstance(source, QuantisedSource):

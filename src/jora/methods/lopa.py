@@ -13,6 +13,7 @@ Shape legend: b rows, m soft tokens, d model width, r rank, h width of e, M widt
 from __future__ import annotations
 
 import zlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,9 +65,9 @@ class InstancePrompt(SoftPrompt):
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"{self.name}: dropout must be in [0, 1), found {self.dropout}")
 
+    @abstractmethod
     def heads(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """What each head gives: name -> shape of its output."""
-        raise NotImplementedError
 
     def instance_width(self, config: ModelConfig) -> int:
         if self.encoder_width:

@@ -273,6 +273,20 @@ def site_shape(config: ModelConfig, target: str) -> LinearShape:
     )
 
 
+def true_sizes(config: ModelConfig, target: str) -> tuple[int, int]:
+    """Inputs and outputs of a target as files know it: without the padding of the vocabulary."""
+    shape = site_shape(config, target)
+    into = config.vocab_size if target == EMBED else shape.in_size
+    return into, config.vocab_size if target == HEAD else shape.out_size
+
+
+def check_rank(method: str, config: ModelConfig, target: str, rank: int) -> None:
+    """Raise InputError for a rank above the smaller side of a target's matrix."""
+    into, out = true_sizes(config, target)
+    if rank > min(into, out):
+        raise InputError(f"{method}: rank {rank} is above {target}, which is {into} x {out}; lower it")
+
+
 def _scales_shape(config: ModelConfig, by_layer: Mapping[int | None, Any]) -> tuple[int, ...]:
     return () if None in by_layer else (config.layers,)
 

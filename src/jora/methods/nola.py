@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from jora.errors import InputError
 from jora.kernels.counter_hash import fold_all
 from jora.kernels.random_basis import VERSION, basis_keys, linear_combination, uniform
-from jora.methods.lora import LoRA, LoRAProjection, site_shape
+from jora.methods.lora import LoRA, LoRAProjection, check_rank, site_shape
 from jora.methods.method import Adapter, Method, State
 from jora.methods.targets import EMBED, HEAD
 from jora.models.adapted import Bound, Rows
@@ -104,13 +104,7 @@ class NOLA(Method):
         if EMBED in sites:
             raise InputError(f"NOLA adapts linear layers; {EMBED} is a table: leave it out of targets")
         for target in sites:
-            shape = site_shape(config, target)
-            most = min(shape.in_size, shape.out_size)
-            if self.rank > most:
-                raise InputError(
-                    f"NOLA: rank {self.rank} is above that of {target}, a {shape.in_size} x {shape.out_size} matrix;"
-                    f" choose at most {most}"
-                )
+            check_rank("nola", config, target, self.rank)
         return sites
 
     def check_version(self, where: str) -> None:

@@ -150,7 +150,8 @@ def _target_factors(adapter: Adapter, target: str) -> tuple[np.ndarray, np.ndarr
         keys = offset_keys(method.basis_seed, target, jnp.asarray(layers))
         drawn = np.asarray(uniform(keys, jnp.arange(a.shape[1], dtype=jnp.uint32)), np.float64)
         a += drawn / math.sqrt(shape.in_size)
-    return tuple(factor.astype(np.float32).reshape(len(layers), -1, method.rank) for factor in (a, b))  # type: ignore
+    shaped = (len(layers), -1, method.rank)
+    return a.astype(np.float32).reshape(shaped), b.astype(np.float32).reshape(shaped)
 
 
 def _sums(adapter: Adapter, target: str, side: str, layers: np.ndarray, shape: LinearShape) -> np.ndarray:

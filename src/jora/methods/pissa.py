@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from jora.errors import InputError
 from jora.kernels.low_rank import low_rank
 from jora.methods.extras.both import without_extras
-from jora.methods.lora import LoRA, LoRAProjection, site_shape
+from jora.methods.lora import LoRA, LoRAProjection, check_rank, site_shape
 from jora.methods.method import Adapter, State
 from jora.methods.targets import EMBED, HEAD
 from jora.models.adapted import Dense, Rows, Site
@@ -75,10 +75,7 @@ class PiSSA(LoRA):
         if EMBED in sites:
             raise InputError(f"pissa: {EMBED} cannot be adapted; name the other targets, or use lora")
         for target, by_layer in sites.items():
-            shape = site_shape(config, target)
-            out = config.vocab_size if target == HEAD else shape.out_size
-            if (rank := max(r for r, _ in by_layer.values())) > min(shape.in_size, out):
-                raise InputError(f"pissa: rank {rank} is above {target}, which is {shape.in_size} x {out}; lower it")
+            check_rank("pissa", config, target, max(rank for rank, _ in by_layer.values()))
         if any(scale <= 0 for by_layer in sites.values() for _, scale in by_layer.values()):
             raise InputError("pissa: alpha must be above 0: the principal part is divided by the scale")
         return sites

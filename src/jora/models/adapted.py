@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from jora.kernels.widen import widen
 from jora.quant import Pieces, QuantisedWeight
 from jora.sharding import Layout
+from jora.sharding.layout import mesh_axes
 
 
 class Rows(NamedTuple):
@@ -79,7 +80,7 @@ class Dense:
         weight = self.weight_of()
         spec = layout.spec(axes, weight.shape)
         cut, kept = spec[: self.inputs], spec[self.inputs :]
-        over = tuple(name for part in cut if part for name in ((part,) if isinstance(part, str) else part))
+        over = mesh_axes(cut)
         local = partial(_squares, inputs=self.inputs)
         if layout.devices == 1:
             squares = local(weight, a, b)

@@ -65,11 +65,7 @@ class Model:
 
     def check_method(self, method: Any) -> None:
         """Raise InputError for a method that needs the dense weights of a base that is quantised."""
-        if self.quant is not None and "dense_weight" in method.needs:
-            raise InputError(
-                f"{method.name} needs the base's dense weights: load the model without quant={self.quant}, or the "
-                "unquantised one where it is stored so"
-            )
+        check_dense(method, self.quant)
 
     def parts_of(self, adapter: Any) -> tuple[Any, Any]:
         """(method, state) of an adapter that fits this model, (None, None) of None; else InputError."""
@@ -100,6 +96,15 @@ class Model:
         if method is not None and method.prompt_slots and not (positions is None and segments is None):
             raise InputError(f"{method.name}: each row is one sequence padded on the right: no positions or segments")
         return _logits(self.params, state, tokens, positions, segments, instance, self.config, self.layout, method)
+
+
+def check_dense(method: Any, quant: Kind | None) -> None:
+    """Raise InputError for a method that needs the dense weights of a base that is quantised."""
+    if quant is not None and "dense_weight" in method.needs:
+        raise InputError(
+            f"{method.name} needs the base's dense weights: load the model without quant={quant}, or the "
+            "unquantised one where it is stored so"
+        )
 
 
 @partial(jax.jit, static_argnums=(6, 7, 8))

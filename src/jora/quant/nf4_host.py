@@ -134,12 +134,12 @@ class NF4Tensor:
     @classmethod
     def stored_shape(cls, name: str, read: Callable[[str], np.ndarray], codes: tuple[int, ...]) -> tuple[int, ...]:
         """[out, in] of weight `name` in a file where its codes have shape `codes`."""
-        return tuple(json.loads(read(name + STATE).tobytes())["shape"])
+        return tuple(_state(name, read)["shape"])
 
     @classmethod
     def load(cls, name: str, read: Callable[[str], np.ndarray]) -> NF4Tensor:
         """Weight `name` from a file's tensors. Raises InputError where its form is another one."""
-        state = json.loads(read(name + STATE).tobytes())
+        state = _state(name, read)
         wanted = {"quant_type": "nf4", "blocksize": BLOCK, "nested_blocksize": GROUP, "nested_dtype": "float32"}
         for key, value in wanted.items():
             if state.get(key) != value:
@@ -166,6 +166,19 @@ class NF4Tensor:
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": ["lm_head"],
         }
+
+
+def _state(name: str, read: Callable[[str], np.ndarray]) -> dict[str, Any]:
+    """What bitsandbytes writes beside a weight, as JSON in bytes. Raises InputError where it is not that."""
+    try:
+        state = json.loads(read(name + STATE).tobytes())
+        rows, columns = state["shape"]
+        float(state["nested_offset"])
+        if not (type(rows) is type(columns) is int and min(rows, columns) > 0):
+            raise ValueError("shape")
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{name}{STATE}: is not bitsandbytes' state of a weight; save the model again") from None
+    return state
 
 
 _ZERO = int(np.flatnonzero(NF4 == 0)[0])  # the code of what pads a last block

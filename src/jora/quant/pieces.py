@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jora.sharding import Layout
+from jora.sharding.layout import mesh_axes
 
 Where = Mapping[str, Any]  # a device's number along each mesh axis: ints, or traced inside a program
 
@@ -42,7 +43,7 @@ class Pieces:
         """Those of a weight with these logical axes, `outputs` of them its output's."""
         cuts = []
         for size, part in zip(shape, layout.spec(axes, shape), strict=True):
-            names = () if part is None else (part,) if isinstance(part, str) else tuple(part)
+            names = mesh_axes([part])
             cuts.append(Cut(size, names, math.prod(layout.mesh.shape[name] for name in names)))
         at = len(cuts) - outputs
         return cls(layout.mesh, tuple(cuts[:at]), tuple(cuts[at:]))

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jora.quant.pieces import Pieces, Where
+from jora.sharding.layout import mesh_axes
 
 Kind = Literal["int8", "nf4"]
 
@@ -70,7 +71,7 @@ class QuantisedWeight:
             return restore(dict.fromkeys(mesh.axis_names, 0), *arrays)
         position = next((i for i, cut in enumerate(pieces.cuts) if FSDP in cut.axes and cut.shards > 1), None)
         collect = collect and position is not None
-        cut = [FSDP in _names(f.spec) for f in fields.values()]
+        cut = [FSDP in mesh_axes(f.spec) for f in fields.values()]
 
         def on_device(*parts: Array) -> Array:
             where = {name: jax.lax.axis_index(name) for name in mesh.axis_names}
@@ -97,7 +98,3 @@ class QuantisedWeight:
             check_vma=False,
         )
         return mapped(*arrays)
-
-
-def _names(spec: PartitionSpec) -> list[str]:
-    return [name for part in spec if part is not None for name in ((part,) if isinstance(part, str) else part)]

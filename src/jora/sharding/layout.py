@@ -9,7 +9,7 @@ sharded beside them) and `tensor` (heads, MLP width, vocabulary). `tensor` is tw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,11 @@ class Layout:
             out_specs=PartitionSpec(None, *others),
             check_vma=False,
         )(weight)
+
+
+def mesh_axes(parts: Iterable[Any]) -> tuple[str, ...]:
+    """The mesh axes of a partition (a PartitionSpec, or some of its parts), in order."""
+    return tuple(name for part in parts if part is not None for name in ((part,) if isinstance(part, str) else part))
 
 
 def single_device(device: jax.Device | None = None) -> Layout:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jora.errors import InputError
 from jora.methods.lora import LoRA
 from jora.methods.method import Method
+from jora.models.decoder import Remat
 from jora.train.examples import Data
 from jora.train.options import TrainOptions
 
@@ -52,7 +54,7 @@ class ManyOptions:
 
     at_once: int | None = None
     """Most jobs of equal shapes that train at a time; others wait for one to end. By default all train at once."""
-    remat: str = "auto"
+    remat: Literal["auto"] | Remat = "auto"
     """What is computed again in the backward pass to save memory; auto takes the least that fits."""
     save_every: int = 200
     """Steps between checkpoints; there is one at the end and on Ctrl-C in any case."""

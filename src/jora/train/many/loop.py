@@ -94,7 +94,7 @@ class ManyRun:
         planned = choose_programs(self.groups, self.prepared)
         remat: Remat
         if self.options.remat != "auto":
-            remat = self.options.remat  # type: ignore[assignment]
+            remat = self.options.remat
         elif saved is not None:
             remat = saved.remat
         else:
