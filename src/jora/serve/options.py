@@ -1,0 +1,66 @@
+"""The engine's options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jora.errors import InputError
+from jora.models.config import LINEARS
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes that memory and compiled programs follow from, and how requests are chosen.
+
+    pool_bytes: of the page pool, over all devices; None takes what `jora.serve.memory` finds free. page_tokens: tokens
+    that a KV page holds. max_length: most tokens of a sequence, prompt and answer; None is the model's positions.
+    max_batch: sequences that decode together. chunk: most prompt tokens of one prefill step.
+
+    rank_buckets: total adapter ranks of a decode batch, one program each (0, the base alone, is always there); the
+    largest is the most that can run together. product_buckets: the same for the extra base products that fLoRA, DoRA
+    and IA3 rows need; () serves none of those. targets: the linears that adapters may change; None takes all those
+    that an adapter of the directory changes at start, or every linear where it is empty.
+
+    scheduler: "vtc" (arXiv 2401.00588) or "fcfs". weights: share of each client, 1 where not named. optimistic: admit by
+    what requests need now and preempt when the pool is full, instead of by what they may need at most.
+    prefix_cache: keep finished prompts' pages for requests that begin alike. cluster: prefer waiting requests of running
+    adapters once this many adapters run (S-LoRA); 0 is off. slo: seconds to the first token after which a request that
+    cannot make it is ended early; None is off. max_queue: waiting requests before new ones are rejected.
+    host_adapters_bytes: bound of the adapters kept in host memory.
+    """
+
+    pool_bytes: int | None = None
+    page_tokens: int = 16
+    max_length: int | None = None
+    max_batch: int = 16
+    chunk: int = 256
+    rank_buckets: tuple[int, ...] = (32, 128, 512)
+    product_buckets: tuple[int, ...] = ()
+    targets: tuple[str, ...] | None = None
+    scheduler: Literal["vtc", "fcfs"] = "vtc"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    optimistic: bool = False
+    prefix_cache: bool = True
+    cluster: int = 0
+    slo: float | None = None
+    max_queue: int = 1024
+    host_adapters_bytes: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        for name in ("page_tokens", "max_batch", "chunk", "max_queue"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("rank_buckets", "product_buckets"):
+            buckets = getattr(self, name)
+            if any(b < 1 for b in buckets) or list(buckets) != sorted(set(buckets)):
+                raise InputError(f"{name} must be rising numbers above 0, found {buckets}")
+        if unknown := [t for t in self.targets or () if t not in LINEARS]:
+            raise InputError(f"targets: {unknown[0]!r} is not one of {', '.join(LINEARS)}")
+        if self.chunk % self.page_tokens:
+            raise InputError(f"chunk {self.chunk} must be a multiple of page_tokens {self.page_tokens}")
+        if any(not w > 0 for w in self.weights.values()):
+            raise InputError(f"weights must be above 0, found {dict(self.weights)}")
+        if self.scheduler not in ("vtc", "fcfs"):
+            raise InputError(f"scheduler {self.scheduler!r} is not known; use vtc or fcfs")
