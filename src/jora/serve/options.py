@@ -23,11 +23,11 @@ class EngineOptions:
     and IA3 rows need; () serves none of those. targets: the linears that adapters may change; None takes all those
     that an adapter of the directory changes at start, or every linear where it is empty.
 
-    scheduler: "vtc" (arXiv 2401.00588) or "fcfs". weights: share of each client, 1 where not named. optimistic: admit by
-    what requests need now and preempt when the pool is full, instead of by what they may need at most.
-    prefix_cache: keep finished prompts' pages for requests that begin alike. cluster: prefer waiting requests of running
-    adapters once this many adapters run (S-LoRA); 0 is off. slo: seconds to the first token after which a request that
-    cannot make it is ended early; None is off. max_queue: waiting requests before new ones are rejected.
+    scheduler: "vtc" (arXiv 2401.00588) or "fcfs". weights: share of each client, 1 where not named. optimistic: admit
+    by what requests need now and preempt when the pool is full, instead of by what they may need at most.
+    prefix_cache: keep finished prompts' pages for requests that begin alike. cluster: prefer waiting requests of
+    running adapters once this many adapters run (S-LoRA); 0 is off. slo: seconds to the first token after which a
+    request that cannot make it is ended early; None is off. max_queue: waiting requests before new ones are rejected.
     host_adapters_bytes: bound of the adapters kept in host memory.
     """
 

@@ -112,9 +112,12 @@ class Logprobs(NamedTuple):
 class Usage(NamedTuple):
     """Tokens of a request so far; `cached` are prompt tokens that the prefix cache held."""
 
-    prompt: int
-    cached: int
-    completion: int
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+
+NOTHING_USED = Usage()
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Event:
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
     finish: FinishReason | None = None
     stopped_by: str | int | None = None  # the stop string or stop token that ended it
-    usage: Usage = Usage(0, 0, 0)
+    usage: Usage = NOTHING_USED
     error: str | None = None
 
 
