@@ -88,8 +88,9 @@ class Compared(NamedTuple):
 def compared(tmp_path_factory, plan_file, executed) -> Compared:
     out, printed = tmp_path_factory.mktemp("compared") / "out", io.StringIO()
     executed.clear()
-    with redirect_stdout(printed):
+    with redirect_stdout(printed), pytest.raises(SystemExit) as ended:
         jora_command(["compare", str(plan_file), "--out", str(out)])
+    assert ended.value.code == 1  # one of its runs failed
     return Compared(out, list(executed), printed.getvalue())
 
 

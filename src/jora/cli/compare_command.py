@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,12 @@ class Options(CommandOptions):
 
 
 def run(options: Options, reporter: Reporter) -> None:
-    """Run what is left, print the table."""
+    """Run what is left, print the table; exit code 1 where a run failed, which the table then says."""
     from jora.compare.plan import read_plan
     from jora.compare.run import compare
 
-    compare(read_plan(options.plan), options.out, reporter)
+    results = compare(read_plan(options.plan), options.out, reporter)
     print((Path(options.out).expanduser() / "results.md").read_text(encoding="utf-8"), end="")
     reporter.note(f"tables and plots: {Path(options.out) / 'index.html'}")
+    if any(result.error for result in results):
+        sys.exit(1)
