@@ -80,8 +80,9 @@ def run_jora(task: Task, channel: Channel, remat: str) -> None:
     from jora.data.batches import Batches, Tokenised
     from jora.methods.storage import load_adapter
     from jora.models.model import load_model
+    from jora.sharding.memory import free_bytes
     from jora.train.feed import Schedule, batch_options, to_devices
-    from jora.train.memory import ProgramMemory, free_bytes
+    from jora.train.memory import ProgramMemory
     from jora.train.optimizer import make_optimizer
     from jora.train.options import TrainOptions
     from jora.train.programs import Programs, abstract_params_of

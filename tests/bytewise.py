@@ -9,15 +9,20 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 
-def bytewise_llama(directory: Path) -> str:
-    """Write a random two-layer Llama with a byte-level tokenizer into `directory`; returns its path."""
+def bytewise_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: 256 tokens for bytes, then <s> and </s>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytewise = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+
+
+def bytewise_llama(directory: Path) -> str:
+    """Write a random two-layer Llama with a byte-level tokenizer into `directory`; returns its path."""
+    tokenizer = bytewise_tokenizer()
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

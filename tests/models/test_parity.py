@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -115,22 +114,20 @@ def test_logits_with_a_cache_equal_those_of_the_whole(family):
     ids = tokens(2, 30, seed=6)
     lengths = np.array([20, 13], np.int32)  # rows stand at different places; the second is padded
 
-    @partial(jax.jit, static_argnums=3)
-    def run(params: Any, ids: Any, cache: Any, fresh: bool) -> Any:
+    @jax.jit
+    def run(params: Any, ids: Any, cache: Any) -> Any:
         rows = Rows()
-        hidden, cache = decoder.forward(
-            params, model.config, model.layout, ids, bound=BASE, rows=rows, cache=cache, fresh=fresh
-        )
+        hidden, cache = decoder.forward(params, model.config, model.layout, ids, bound=BASE, rows=rows, cache=cache)
         return head.logits(params, model.config, model.layout, hidden, BASE, rows), cache
 
     expected = logits(hf, ids)
     cache = new_cache(model.config, model.layout, 2, 32, jnp.float32)
-    found, cache = run(model.params, ids[:, :20], cache, True)
+    found, cache = run(model.params, ids[:, :20], cache)
     assert_close(found, expected[:, :20], TIGHT)
     cache = cache.advance(lengths)
     for count in (5, 1, 1):  # several tokens at once, then one by one
         step = np.stack([ids[row, at : at + count] for row, at in enumerate(lengths)])
-        found, cache = run(model.params, step, cache, False)
+        found, cache = run(model.params, step, cache)
         wanted = np.stack([expected[row, at : at + count] for row, at in enumerate(lengths)])
         assert_close(found, wanted, TIGHT)
         cache = cache.advance(jnp.full(2, count))

@@ -19,6 +19,8 @@ COMMANDS = {
     "train-many": "many adapters of one base in one batch: jobs.yaml -> a run directory for each",
     "eval": "loss, exact match, F1, share of quotes found in the context; a row per example",
     "generate": "answer one prompt or a file of prompts",
+    "index": "documents -> an index that `jora serve --documents` answers from",
+    "serve": "one base and a directory of adapters through OpenAI's API",
     "merge": "base + adapter -> Hugging Face directory",
     "convert": ".gguf -> Hugging Face directory",
     "compare": "several methods on the same data, budget and seeds: a table and plots",

@@ -93,20 +93,11 @@ class ContextMaker:
         """What retrieval finds, the best first. No chunk is marked: nobody knows the oracle in earnest."""
         ranking = self._ranking(question)
         support = self._support(question, ranking)
-        chosen: list[Chunk] = []
-        seen: set[str] = set()
-        holds = False
-        for index in ranking:
-            if len(chosen) == self.options.contexts or not self._fits([*chosen, self.chunks[index]]):
-                break
-            if self.texts[index] not in seen:
-                chosen.append(self.chunks[index])
-                seen.add(self.texts[index])
-                holds = holds or index in support.holders
+        chosen = best_chunks(ranking, self.chunks, self.tokenizer, self.options)
         return Context(
-            [(chunk, False) for chunk in chosen],
+            [(self.chunks[index], False) for index in chosen],
             support.oracle.title,
-            holds,
+            any(index in support.holders for index in chosen),
             oracle_rank=_best_rank(ranking, support.holders),
             short=len(chosen) < self.options.contexts,
         )
@@ -166,11 +157,7 @@ class ContextMaker:
         return chosen, len(chosen) - hard
 
     def _fits(self, chunks: Sequence[Chunk]) -> bool:
-        limit = self.options.max_context_tokens
-        if limit is None:
-            return True
-        text = render_documents([ContextDocument(c.title, c.text) for c in chunks], DOCUMENT_TEMPLATE)
-        return len(token_offsets(text, self.tokenizer)) <= limit
+        return _fits(chunks, self.tokenizer, self.options)
 
     def _support(self, question: Question, ranking: Sequence[int]) -> _Support:
         sources = self.finder.sources(question)
@@ -220,6 +207,38 @@ class ContextMaker:
     def _holding(self, place: Place) -> list[int]:
         own = self.of_document.get(place.document, ())
         return [i for i in own if self.chunks[i].start <= place.start and self.chunks[i].end >= place.end]
+
+
+def searched(chunk: Chunk) -> str:
+    """What retrieval sees of a chunk."""
+    return f"{chunk.title}\n{chunk.text}"
+
+
+def best_chunks(
+    ranking: Iterable[int], chunks: Sequence[Chunk], tokenizer: Callable[..., Any], options: ContextOptions
+) -> list[int]:
+    """The chunks of a prompt that retrieval fills, the best first and each text once: as many as are asked for and fit.
+
+    Evaluation with retrieved contexts and serving with documents both choose so.
+    """
+    chosen: list[int] = []
+    seen: set[str] = set()
+    for index in ranking:
+        candidates = [chunks[i] for i in (*chosen, index)]
+        if len(chosen) == options.contexts or not _fits(candidates, tokenizer, options):
+            break
+        if (text := normalise(chunks[index].text)) not in seen:
+            chosen.append(index)
+            seen.add(text)
+    return chosen
+
+
+def _fits(chunks: Sequence[Chunk], tokenizer: Callable[..., Any], options: ContextOptions) -> bool:
+    limit = options.max_context_tokens
+    if limit is None:
+        return True
+    text = render_documents([ContextDocument(c.title, c.text) for c in chunks], DOCUMENT_TEMPLATE)
+    return len(token_offsets(text, tokenizer)) <= limit
 
 
 def _best_rank(ranking: Sequence[int], wanted: set[int]) -> int | None:

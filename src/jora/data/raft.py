@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jora.data.contexts import Context, ContextMaker
+from jora.data.contexts import Context, ContextMaker, searched
 from jora.data.documents import Document, chunk_documents
 from jora.data.draws import text_key, uniform
 from jora.data.manifest import content_hash, versions
@@ -232,8 +232,7 @@ def build_raft(
         train_questions, held = list(questions), list(eval_questions)
     _refuse_repeats(train_questions, held)
     chunks = chunk_documents(documents, tokenizer, options.chunk_tokens, options.chunk_overlap)
-    texts = [f"{chunk.title}\n{chunk.text}" for chunk in chunks]
-    retriever = make_retriever(options.retriever, texts, options.dense_model)
+    retriever = make_retriever(options.retriever, [searched(chunk) for chunk in chunks], options.dense_model)
     maker = ContextMaker(documents, chunks, retriever, tokenizer, options)
     train, train_counts = _build(train_questions, maker.train, options)
     for_eval = maker.retrieved if options.eval_contexts == "retrieved" else maker.with_oracle

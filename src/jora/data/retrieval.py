@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -50,22 +51,44 @@ def _without_jax() -> Iterator[None]:
                 sys.modules[name] = module
 
 
+def _bm25s() -> Any:
+    with _without_jax():
+        import bm25s
+    return bm25s
+
+
 class BM25:
     """Lexical retrieval (Robertson et al., TREC-3 1994; Lucene's variant, k1 = 1.5, b = 0.75)."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        with _without_jax():
-            import bm25s
-
+        bm25s = _bm25s()
         split = [words(text) for text in texts]
         # The vocabulary in order of appearance: bm25s would take it from a set, whose order varies.
         self.vocabulary: dict[str, int] = {}
         ids = [[self.vocabulary.setdefault(word, len(self.vocabulary)) for word in text] for text in split]
         self.size = len(ids)
-        self.index = None
+        self.index: Any = None
         if self.vocabulary:
             self.index = bm25s.BM25(method="lucene")
             self.index.index((ids, dict(self.vocabulary)), show_progress=False)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the index for `load`: plain arrays (.npy without pickle) and JSON. It must have a word."""
+        assert self.index is not None, "an index without words has nothing to save"
+        self.index.save(directory, show_progress=False)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> BM25:
+        """The index that `save` wrote. Nothing is unpickled.
+
+        Raises:
+            OSError, ValueError, KeyError: a file is missing, or is not what it was.
+        """
+        made = cls.__new__(cls)
+        made.index = _bm25s().BM25.load(directory, show_progress=False, allow_pickle=False)
+        made.vocabulary = made.index.vocab_dict
+        made.size = int(made.index.scores["num_docs"])
+        return made
 
     def scores(self, query: str) -> Float[np.ndarray, " texts"]:
         """BM25 of every text, fp32."""

@@ -68,8 +68,7 @@ def prefill(
     params = weights(program, state, params)
     cache = new_cache(config, layout, tokens.shape[0], slots, params.embed.dtype)
     tokens = layout.constrain(tokens, "batch", None)
-    hidden, filled = decoder.forward(params, config, layout, tokens, bound=bound, rows=rows, cache=cache, fresh=True)
-    assert filled is not None
+    hidden, filled = decoder.forward(params, config, layout, tokens, bound=bound, rows=rows, cache=cache)
     at = jnp.maximum(lengths - 1, 0)[:, None, None]
     last_hidden = jnp.take_along_axis(hidden, at, axis=1)
     stream = Stream(filled.advance(lengths), lengths * 0, lengths == 0, lengths * 0)
@@ -103,7 +102,6 @@ def decode(
         before = stream.ended
         tokens = layout.constrain(stream.last[:, None], "batch", None)
         hidden, cache = decoder.forward(params, config, layout, tokens, bound=bound, rows=rows, cache=stream.cache)
-        assert cache is not None
         # An ended row stays where it is and overwrites one slot that nobody reads again.
         stream = stream._replace(cache=cache.advance((~before).astype(jnp.int32)))
         stream = _choose(hidden, stream, params, bound, rows, sampling, ends, program)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jora.errors import InputError
@@ -33,6 +34,7 @@ from jora.models.params import Params
 from jora.sharding import Layout
 
 if TYPE_CHECKING:
+    from jora.methods.served import Served
     from jora.methods.storage import PeftFiles
 
 
@@ -130,6 +132,24 @@ class DoRA(LoRA):
 
         return lora_mergers(adapter)
 
+    def lower(self, adapter: Adapter, model: Any) -> Served:
+        """One product scaled by c = m / |V|, and A with c s B; the bias is not scaled, as in training."""
+        from jora.methods.served import LowRank, Products, Served, check_targets, finite, low_rank_of, ones
+
+        config, (trained, scales) = adapter.config, adapter.state
+        check_targets(self.name, trained)
+        norms = _norms(model.params, trained, scales, self, config, model.layout)
+        low_rank, products = {}, {}
+        for target, leaves in trained.items():
+            pair = low_rank_of(self.name, target, leaves["a"], leaves["b"], scales[target])
+            norm = np.asarray(norms[target])
+            acts = (norm > 0) & (np.asarray(scales[target]) != 0).reshape(-1, *(1,) * (norm.ndim - 1))
+            ratio = np.divide(np.asarray(leaves["magnitude"]), norm, out=np.ones_like(norm), where=acts)[:, None]
+            low_rank[target] = LowRank(pair.a, pair.b * ratio)
+            u = ones(config, site_shape(config, target).in_shape)
+            products[target] = Products(u, finite(self.name, target, ratio))
+        return Served(low_rank, products)
+
     def to_peft(self, adapter: Adapter) -> PeftFiles:
         from jora.methods.peft.lora import write_peft
 
@@ -146,7 +166,7 @@ def _norms(
     params: Params, pairs: Any, scales: Any, method: DoRA, config: ModelConfig, layout: Layout
 ) -> dict[str, Float[Array, "..."]]:
     """|W + s A B| of every adapted target, [layers?, *out], by the code that every step runs."""
-    context = decoder.Context(config, layout, (), None, Rows(), None)
+    context = decoder.Context(config, layout, (), None, Rows())
 
     def norm(dense: Dense, pair: Any, scale: Array) -> Array:
         return jnp.where(scale != 0, dense.column_norm(pair["a"], pair["b"] * scale), 0.0)

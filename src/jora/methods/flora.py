@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ from jora.methods.lora import check_rank, site_shape
 from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jora.methods.served import Served
 
 INPUT_SPREAD = 0.1  # of the first in_j, j > 1: small beside the 1 of the first component
 
@@ -133,6 +136,22 @@ class FLoRA(Method):
             for layer in np.flatnonzero(mask).tolist():
                 found[target, layer] = partial(_scaled_rows, adapter, target, layer)
         return found
+
+    def lower(self, adapter: Adapter, model: Any) -> Served:
+        """The vectors themselves; in a layer that is not adapted those of the base."""
+        from jora.methods.served import Products, Served, finite
+
+        trained, adapted = adapter.state
+
+        def of_layers(target: str, vectors: Array) -> np.ndarray:
+            host, mask = np.array(vectors, np.float32), np.asarray(adapted[target])
+            host[~mask] = 0
+            host[~mask, 0] = 1
+            return finite(self.name, target, host)
+
+        return Served(
+            products={t: Products(of_layers(t, v["inputs"]), of_layers(t, v["outputs"])) for t, v in trained.items()}
+        )
 
 
 def _scaled_rows(adapter: Adapter, target: str, layer: int, block: np.ndarray, rows: slice) -> np.ndarray:

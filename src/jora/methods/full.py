@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from jora.models.loading import fingerprint
 from jora.models.params import Layers, Params, map_params
 from jora.models.saving import save_model
 from jora.models.source import SafetensorsSource
+
+if TYPE_CHECKING:
+    from jora.methods.served import Served
 
 GROUPS = ("embed_tokens", "lm_head", "norms", *LINEARS)
 
@@ -77,6 +80,9 @@ class Full(Method):
 
     def mergers(self, adapter: Adapter) -> Mapping[ModuleSite, RowsMerger]:
         raise InputError("full: there is no adapter to merge; a run's model/ directory is the trained model")
+
+    def lower(self, adapter: Adapter, model: Any) -> Served:
+        raise InputError("full: there is no adapter to serve; a run's model/ directory is the trained model to serve")
 
     def save_result(self, adapter: Adapter, model: Any, run: Path) -> Path:
         """The model itself, in RUN/model; `model` then is that one."""

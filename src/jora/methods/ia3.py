@@ -25,6 +25,7 @@ from jora.models.config import ModelConfig
 from jora.models.tensors import linear_shape
 
 if TYPE_CHECKING:
+    from jora.methods.served import Served
     from jora.methods.storage import PeftFiles
 
 Side = Literal["input", "output"]  # what of a linear is scaled
@@ -121,6 +122,20 @@ class IA3(Method):
             if linear_shape(adapter.config, target).bias:
                 mergers[f"{target}.bias", layer] = partial(_scale_rows, scale)
         return mergers
+
+    def lower(self, adapter: Adapter, model: Any) -> Served:
+        """One product a target, scaled on its input or (the bias with it) on its output."""
+        from jora.methods.served import Products, Served, finite, ones
+
+        config, (trained, adapted) = adapter.config, adapter.state
+        products = {}
+        for target, ((side, scale),) in ((target, factors.items()) for target, factors in trained.items()):
+            mask = np.asarray(adapted[target]).reshape(-1, *(1,) * (scale.ndim - 1))
+            factors = finite(self.name, target, np.where(mask, np.asarray(scale, np.float32), 1.0)[:, None])
+            shape = site_shape(config, target)
+            into, out = ones(config, shape.in_shape), ones(config, shape.out_shape)
+            products[target] = Products(factors, out) if side == "input" else Products(into, factors)
+        return Served(products=products, scales_bias=True)
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
         from jora.methods.peft.ia3 import write_peft

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ from jora.models.adapted import Bound, Rows
 from jora.models.config import ModelConfig
 from jora.reporting import SILENT, Reporter
 from jora.sharding import Layout
+
+if TYPE_CHECKING:
+    from jora.methods.served import Served
 
 Fusion = Literal["multiply", "concat", "add", "max"]
 FUSIONS: tuple[Fusion, ...] = ("multiply", "concat", "add", "max")
@@ -125,6 +128,18 @@ class InstancePrompt(SoftPrompt):
         }
         return State(heads, {})
 
+    def lower(self, adapter: Adapter, model: Any) -> Served:
+        """`bind` in numpy, once a request: in jax each new shape of the heads would compile."""
+        from jora.methods.served import Served, finite
+
+        trained = jax.tree.map(lambda x: finite(self.name, "the soft prompt", np.asarray(x)), adapter.state.trained)
+
+        def prefix(vector: np.ndarray | None) -> np.ndarray:
+            instance: Any = None if vector is None else vector[None]
+            return np.asarray(self.bind(State(trained, {}), Rows(instance=instance)).prefix, np.float32)[0]
+
+        return Served(prefix_slots=self.prompt_slots, prefix=prefix)
+
     def run_head(self, state: State, name: str, rows: Rows) -> Float[Array, "b *out"]:
         """A head's output for each row's vector."""
         vector = rows.instance
@@ -178,7 +193,8 @@ class LoPA(InstancePrompt):
 
     def bind(self, state: State, rows: Rows) -> Bound:
         u, v = self.run_head(state, "rows", rows), self.run_head(state, "columns", rows)
-        return Bound(prefix=fuse(state.trained["prompt"], jnp.einsum("bmr,bdr->bmd", u, v), self.fusion))
+        own = u.__array_namespace__().einsum("bmr,bdr->bmd", u, v)
+        return Bound(prefix=fuse(state.trained["prompt"], own, self.fusion))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,20 +211,29 @@ class IDPG(InstancePrompt):
 
 
 def fuse(shared: Float[Array, "m d"], own: Float[Array, "b m d"], fusion: Fusion) -> Float[Array, "b slots d"]:
-    """The soft prompt of each row from the shared one and its own (arXiv 2405.15282, eq. 3 and its ablations)."""
+    """The soft prompt of each row from the shared one and its own (arXiv 2405.15282, eq. 3 and its ablations).
+
+    As `head` and `bind`, in the library of its arrays: jax, or numpy to serve.
+    """
+    library: Any = own.__array_namespace__()
     if fusion == "multiply":
-        return shared * jax.nn.sigmoid(own)
+        return shared * _sigmoid(own)
     if fusion == "add":
         return shared + own
     if fusion == "max":
-        return jnp.maximum(shared, own)
-    return jnp.concatenate([jnp.broadcast_to(shared, own.shape), own], axis=1)
+        return library.maximum(shared, own)
+    return library.concat([library.broadcast_to(shared, own.shape), own], axis=1)
+
+
+def _sigmoid(x: Any) -> Any:
+    return jax.nn.sigmoid(x) if isinstance(x, jax.Array) else (np.tanh(x / 2) + 1) / 2  # which does not overflow
 
 
 def head(weights: Mapping[str, Array], vector: Float[Array, "b h"]) -> Float[Array, "b *out"]:
     """W2 tanh(W1 e + c1) + c2, fp32."""
-    inner = jnp.tanh(vector @ weights["w1"] + weights["c1"])
-    return jnp.tensordot(inner, weights["w2"], axes=1) + weights["c2"]
+    library = vector.__array_namespace__()
+    inner = library.tanh(vector @ weights["w1"] + weights["c1"])
+    return library.tensordot(inner, weights["w2"], axes=1) + weights["c2"]
 
 
 def _dropped(vector: Float[Array, "b h"], seeds: UInt32[Array, " b"], rate: float) -> Float[Array, "b h"]:

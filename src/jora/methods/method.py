@@ -23,6 +23,7 @@ from jora.models.params import Params
 from jora.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from jora.methods.served import Served
     from jora.methods.storage import AdapterFile, PeftFiles
     from jora.models.safetensors_file import Entry
 
@@ -96,6 +97,19 @@ class Method(ABC):
         """How to fold the adapter into each module that it changes. Raises InputError where that is impossible."""
         lora = self.to_lora(adapter)
         return lora.method.mergers(lora)
+
+    def lower(self, adapter: Adapter, model: Any) -> Served:
+        """The forms that the serving engine knows, on the host. Raises InputError for what has none, with the remedy.
+
+        By default the low-rank form of `to_lora`. model: what the adapter was made for, with its weights.
+        """
+        from jora.methods.served import lower_lora, refused
+
+        try:
+            lora = self.to_lora(adapter)
+        except InputError as error:
+            raise refused(self.name, "what is not of low rank") from error
+        return lower_lora(lora, self.name)
 
     def to_peft(self, adapter: Adapter) -> PeftFiles | None:
         """The adapter as a PEFT directory holds it; None: PEFT has no such method, Jora's own format is written."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jora.errors import InputError
@@ -23,6 +24,7 @@ from jora.models.config import ModelConfig
 from jora.sharding import Layout
 
 if TYPE_CHECKING:
+    from jora.methods.served import Served
     from jora.methods.storage import PeftFiles
 
 Start = Literal["vocabulary", "random"]
@@ -72,6 +74,12 @@ class PromptTuning(SoftPrompt):
 
     def bind(self, state: State, rows: Rows) -> Bound:
         return Bound(prefix=state.trained["prompt"][None])
+
+    def lower(self, adapter: Adapter, model: Any) -> Served:
+        from jora.methods.served import Served, finite
+
+        prompt = finite(self.name, "the soft prompt", np.asarray(adapter.state.trained["prompt"], np.float32))
+        return Served(prefix_slots=self.prompt_slots, prefix=lambda vector: prompt)
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
         from jora.methods.peft.prompt_tuning import write_peft

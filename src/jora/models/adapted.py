@@ -173,6 +173,7 @@ class Bound:
     embed: Any = None  # EmbedProjection | None
     head: Any = None  # Projection | None
     prefix: Float[Array, "b m d"] | None = None  # in place of the first m tokens' embeddings; b may be 1
+    prefix_slots: Int[Array, ""] | None = None  # of which only so many are there; None: all
     shared: Any = None  # arrays that all layers use, kept out of the scan: projections find them in their Site
 
 

@@ -1,18 +1,51 @@
-"""The contiguous key-value cache of generation: slot t of a row holds token t of that row."""
+"""Caches of keys and values: what the decoder asks of one, and the contiguous one of generation.
+
+`jora.models.paged` has the other, whose tokens lie in the pages of a pool.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jora.kernels.attention import cached_attention
+from jora.kernels.spec import AttentionSpec
 from jora.models.config import ModelConfig
 from jora.sharding import Layout
 
 KV_AXES = (None, "batch", None, "kv_heads", None)
+
+
+class CachedLayer(NamedTuple):
+    """The attention of one layer inside the scan.
+
+    window: the last keys that a query sees; spec has what all layers share. among: attention of whole sequences'
+    new q, k and v among themselves.
+    """
+
+    number: Int[Array, ""]
+    window: Int[Array, ""]
+    spec: AttentionSpec
+    among: Callable[[Array, Array, Array], Array]
+
+
+class KVCache(Protocol):
+    """A pytree that travels in the scan's carry, so that it is updated in place."""
+
+    def positions(self, count: int) -> Int[Array, "b s"]:
+        """Positions of the next `count` tokens of each row."""
+        ...
+
+    def attend(
+        self, q: Float[Array, "b s k g h"], k: Float[Array, "b s k h"], v: Float[Array, "b s k h"], layer: CachedLayer
+    ) -> tuple[Float[Array, "b s k g h"], Self]:
+        """Store the new tokens' keys and values, then let each query see what its row holds."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -27,18 +60,30 @@ class KV:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """`lengths`: tokens that each row holds. `kv` travels in the scan's carry, so it is updated in place."""
+    """Slot t of a row holds token t of that row. `lengths`: tokens that each row holds.
+
+    empty: no row holds any, so new tokens attend to one another by the blocked kernel instead of to all slots.
+    """
 
     kv: KV
     lengths: Int[Array, " b"]
+    empty: bool = field(default=False, metadata={"static": True})
 
-    def indices(self, count: int) -> Int[Array, "b s"]:
-        """Slots that the next `count` tokens of each row take."""
+    def positions(self, count: int) -> Int[Array, "b s"]:
         return self.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)
+
+    def attend(self, q: Array, k: Array, v: Array, layer: CachedLayer) -> tuple[Array, Cache]:
+        at = None if self.empty else self.positions(q.shape[1])
+        kv = write(self.kv, layer.number, at, k, v)
+        if at is None:
+            out = layer.among(q, k, v)
+        else:
+            out = cached_attention(q, kv.k[layer.number], kv.v[layer.number], at, layer.window, layer.spec)
+        return out, replace(self, kv=kv)
 
     def advance(self, counts: Int[Array, " b"]) -> Cache:
         """The cache after `counts` new tokens a row; slots beyond a row's length are overwritten later."""
-        return replace(self, lengths=self.lengths + counts)
+        return Cache(self.kv, self.lengths + counts)
 
 
 def new_cache(config: ModelConfig, layout: Layout, rows: int, slots: int, dtype: Any) -> Cache:
@@ -47,7 +92,7 @@ def new_cache(config: ModelConfig, layout: Layout, rows: int, slots: int, dtype:
     shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
     sharding = layout.sharding(KV_AXES, shape)
     kv = KV(jnp.zeros(shape, dtype, device=sharding), jnp.zeros(shape, dtype, device=sharding))
-    return Cache(kv, jnp.zeros(rows, jnp.int32))
+    return Cache(kv, jnp.zeros(rows, jnp.int32), empty=True)
 
 
 def write(kv: KV, layer: Int[Array, ""], indices: Int[Array, "b s"] | None, k: Array, v: Array) -> KV:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jora.kernels.attention import cached_attention, self_attention
+from jora.kernels.attention import self_attention
 from jora.kernels.spec import AttentionSpec
 from jora.models.adapted import Bound, Dense, Rows, Site, project
-from jora.models.cache import KV, Cache, write
+from jora.models.cache import CachedLayer, KVCache
 from jora.models.config import LayerKind, ModelConfig
 from jora.models.params import Layers, Params
 from jora.models.rope import Rotation, rotate, rotation
@@ -33,6 +33,7 @@ from jora.models.tensors import linear_shape
 from jora.sharding import Layout
 
 Remat = Literal["none", "selective", "full"]
+C = TypeVar("C", bound=KVCache | None)
 
 # "selective" keeps what feeds a matrix product's backward pass and recomputes only element-wise work and
 # attention scores. "full" keeps a layer's input alone. "none" leaves the choice to JAX.
@@ -47,7 +48,6 @@ class Context(NamedTuple):
     rotations: tuple[Rotation, ...]  # of each layer kind
     segments: Int[Array, "b s"] | None
     rows: Rows
-    indices: Int[Array, "b s"] | None  # slots of the new tokens in the cache; None: no cache, or an empty one
     shared: Any = None  # what all layers' projections share (`Bound.shared`)
 
 
@@ -61,26 +61,25 @@ def forward(
     *,
     bound: Bound,
     rows: Rows,
-    cache: Cache | None = None,
-    fresh: bool = False,
+    cache: C = None,  # type: ignore[assignment]
     remat: Remat = "none",
-) -> tuple[Float[Array, "b s d"], Cache | None]:
+) -> tuple[Float[Array, "b s d"], C]:
     """Hidden states after the final norm, and the cache with the new tokens written (not yet advanced).
 
-    positions: for rotary embedding; None counts from 0, or from the cache's lengths. segments: 0 is padding,
-    equal numbers see each other; None where each row is one sequence padded on the right. With a cache,
-    rows attend to their own slots, and `segments` is not used. fresh: the cache is empty (prefill), so the
-    tokens attend to one another by the blocked kernel instead of to all slots.
+    positions: for rotary embedding; None counts from 0, or takes the cache's. segments: 0 is padding, equal numbers
+    see each other; None where each row is one sequence padded on the right. With a cache, rows attend to what the
+    cache holds of them, and `segments` is not used.
     """
-    indices = None if cache is None or fresh else cache.indices(tokens.shape[1])
+    if positions is None and cache is not None:
+        positions = cache.positions(tokens.shape[1])
+    first = None if cache is None else positions  # without a cache, a row's tokens are its first
     if positions is None:
-        counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        positions = jnp.broadcast_to(counted if indices is None else indices, tokens.shape)
-    context = context_of(config, layout, positions, segments, rows, indices, bound.shared)
-    x = layout.constrain(_embed(params, tokens, context, bound), "batch", "seq_sharded", None)
-    x, kv = _scan_layers(x, params.layers, bound, None if cache is None else cache.kv, context, remat)
-    x = rms_norm(x, params.final_norm, config)
-    return x, None if cache is None or kv is None else Cache(kv, cache.lengths)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    context = context_of(config, layout, positions, segments, rows, bound.shared)
+    x = _with_prefix(_embed(params, tokens, context, bound), bound, first)
+    x = layout.constrain(x, "batch", "seq_sharded", None)
+    x, cache = _scan_layers(x, params.layers, bound, cache, context, remat)
+    return rms_norm(x, params.final_norm, config), cache
 
 
 def context_of(
@@ -89,13 +88,12 @@ def context_of(
     positions: Int[Array, "b s"],
     segments: Int[Array, "b s"] | None,
     rows: Rows,
-    indices: Int[Array, "b s"] | None = None,
     shared: Any = None,
 ) -> Context:
     """What the layers of a forward pass share."""
     ropes = {"full": config.rope, "sliding": config.rope_sliding}
     rotations = tuple(rotation(ropes[kind], config.head_dim, positions) for kind in config.kinds)
-    return Context(config, layout, rotations, segments, rows, indices, shared)
+    return Context(config, layout, rotations, segments, rows, shared)
 
 
 def rms_norm(x: Float[Array, "*b w"], weight: Float[Array, " w"], config: ModelConfig) -> Float[Array, "*b w"]:
@@ -112,27 +110,35 @@ def _embed(params: Params, tokens: Array, context: Context, bound: Bound) -> Arr
     if bound.embed is not None:
         vectors = bound.embed.embed(tokens, vectors)
     # transformers rounds the scale to the weights' dtype before it multiplies
-    vectors = vectors * jnp.asarray(context.config.embed_scale, vectors.dtype)
-    if bound.prefix is None or context.indices is not None:  # the cache holds the prefix already
+    return vectors * jnp.asarray(context.config.embed_scale, vectors.dtype)
+
+
+def _with_prefix(
+    vectors: Float[Array, "b s d"], bound: Bound, positions: Int[Array, "b s"] | None
+) -> Float[Array, "b s d"]:
+    """A soft prompt in place of the embeddings at the first positions; positions None: they count from 0."""
+    if bound.prefix is None:
         return vectors
     slots = bound.prefix.shape[1]
     prefix = jnp.broadcast_to(bound.prefix.astype(vectors.dtype), (vectors.shape[0], slots, vectors.shape[2]))
-    return jnp.concatenate([prefix, vectors[:, slots:]], axis=1)
+    if positions is None:
+        return jnp.concatenate([prefix, vectors[:, slots:]], axis=1)
+    chosen = jnp.take_along_axis(prefix, positions[..., None], axis=1, mode="clip")
+    used = slots if bound.prefix_slots is None else bound.prefix_slots
+    return jnp.where((positions < used)[..., None], chosen, vectors)
 
 
-def _scan_layers(
-    x: Array, layers: Layers, bound: Bound, kv: KV | None, context: Context, remat: Remat
-) -> tuple[Array, KV | None]:
+def _scan_layers(x: Array, layers: Layers, bound: Bound, cache: C, context: Context, remat: Remat) -> tuple[Array, C]:
     """Run all layers. The cache travels in the carry: as xs -> ys it would exist twice."""
     config = context.config
     block = _remat(partial(_block, context=context), remat)
 
-    def step(carry: tuple[Array, KV | None], xs: Any) -> tuple[tuple[Array, KV | None], None]:
-        x, kv = carry
-        return block(x, *xs, kv), None
+    def step(carry: tuple[Array, C], xs: Any) -> tuple[tuple[Array, C], None]:
+        x, cache = carry
+        return block(x, *xs, cache), None
 
-    (x, kv), _ = jax.lax.scan(step, (x, kv), (layers, bound.layers, *layer_numbers(config)))
-    return x, kv
+    (x, cache), _ = jax.lax.scan(step, (x, cache), (layers, bound.layers, *layer_numbers(config)))
+    return x, cache
 
 
 def layer_numbers(config: ModelConfig) -> tuple[Int[Array, " L"], Int[Array, " L"]]:
@@ -155,10 +161,10 @@ def _block(
     adapters: Mapping[str, Any],
     number: Int[Array, ""],
     kind: Int[Array, ""],
-    kv: KV | None,
+    cache: C,
     *,
     context: Context,
-) -> tuple[Float[Array, "b s d"], KV | None]:
+) -> tuple[Float[Array, "b s d"], C]:
     """One transformer layer: attention and MLP, each with its norms and residual."""
     config, constrain = context.config, context.layout.constrain
 
@@ -176,13 +182,13 @@ def _block(
 
     # A block works on whole sequences: gather the residual's sequence shards once, after the norm.
     h = constrain(norm("input", x), "batch", None, None)
-    attended, kv = _attention(h, linear, layer, number, kind, kv, context)
+    attended, cache = _attention(h, linear, layer, number, kind, cache, context)
     x = x + norm("post_attention", checkpoint_name(linear("o_proj", attended), "attention_out"))
     h = constrain(norm("mlp", x), "batch", None, None)
     gate = checkpoint_name(linear("gate_proj", h), "gate")
     up = checkpoint_name(linear("up_proj", h), "up")
     out = checkpoint_name(linear("down_proj", _activate(gate, config) * up), "mlp_out")
-    return constrain(x + norm("post_mlp", out), "batch", "seq_sharded", None), kv
+    return constrain(x + norm("post_mlp", out), "batch", "seq_sharded", None), cache
 
 
 _TO_RESIDUAL = ("o_proj", "down_proj")
@@ -194,9 +200,9 @@ def _attention(
     layer: Layers,
     number: Array,
     kind: Array,
-    kv: KV | None,
+    cache: C,
     context: Context,
-) -> tuple[Array, KV | None]:
+) -> tuple[Array, C]:
     """Projections, norms of q and k, rotation and attention: [b, s, d] -> [b, s, k, g, h]."""
     config, layout = context.config, context.layout
     q, k, v = (checkpoint_name(linear(f"{name}_proj", h), name) for name in "qkv")
@@ -214,20 +220,20 @@ def _attention(
         kernels = [partial(self_attention, segments=segments, spec=_spec(config, each)) for each in config.kinds]
         return jax.lax.switch(kind, kernels, q, k, v) if len(kernels) > 1 else kernels[0](q, k, v)
 
-    if kv is None:
+    if cache is None:
         arrays = (q, k, v, turn.cos, turn.sin, *norms, kind, context.segments)
         axes = (_Q, _KV, _KV, _ANGLES, _ANGLES, (None,), (None,), (), ("batch", None))
         out = layout.local(attend, arrays, axes, _Q)
     else:
         q, k = prepare(q, turn.cos, turn.sin, norms[0]), prepare(k, turn.cos, turn.sin, norms[1])
-        kv = write(kv, number, context.indices, k, v)
-        if context.indices is None:  # prefill: nothing but these tokens is in the cache
-            out = layout.local(attend_prepared, (q, k, v, kind, None), (_Q, _KV, _KV, (), None), _Q)
-        else:
-            windows = tuple(jnp.int32(_spec(config, each).window or NO_WINDOW) for each in config.kinds)
-            window = _of_kind(kind, windows)
-            out = cached_attention(q, kv.k[number], kv.v[number], context.indices, window, _spec(config, "full"))
-    return checkpoint_name(out, "attention"), kv
+        windows = tuple(jnp.int32(_spec(config, each).window or NO_WINDOW) for each in config.kinds)
+
+        def among(q: Array, k: Array, v: Array) -> Array:
+            return layout.local(attend_prepared, (q, k, v, kind, None), (_Q, _KV, _KV, (), None), _Q)
+
+        here = CachedLayer(number, _of_kind(kind, windows), _spec(config, "full"), among)
+        out, cache = cache.attend(q, k, v, here)
+    return checkpoint_name(out, "attention"), cache
 
 
 NO_WINDOW = np.iinfo(np.int32).max

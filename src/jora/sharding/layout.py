@@ -31,6 +31,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     # The vocabulary is cut over fsdp too: hidden states that reach the head are few (answers only), so
     # gathering them is far cheaper than gathering the table.
     "vocab": ("fsdp", *TENSOR),
+    "pool_shards": TENSOR,  # serving's pages: a part for every device
 }
 
 

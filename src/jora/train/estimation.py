@@ -23,9 +23,10 @@ from jora.models.tensors import parameter_count
 from jora.quant import Kind, QuantisedWeight
 from jora.sharding import Layout, MeshSpec, parse_mesh
 from jora.sharding.layout import make_layout
+from jora.sharding.memory import USABLE, free_bytes
 from jora.train.feed import batch_options
 from jora.train.flops import matmul_flops, matmul_rate
-from jora.train.memory import USABLE, ProgramMemory, free_bytes
+from jora.train.memory import ProgramMemory
 from jora.train.optimizer import optimizer_for
 from jora.train.options import TrainOptions
 from jora.train.programs import Programs

@@ -23,12 +23,13 @@ from jora.methods.method import Adapter, State
 from jora.models.decoder import Remat
 from jora.models.model import Model
 from jora.reporting import Reporter
+from jora.sharding.memory import free_bytes
 from jora.train.checkpoints import Checkpoints, Progress
 from jora.train.evaluation import evaluation_loss, is_best
 from jora.train.examples import digest
 from jora.train.feed import Schedule, to_devices
 from jora.train.interrupt import delayed_interrupt
-from jora.train.memory import free_bytes, peak_bytes
+from jora.train.memory import peak_bytes
 from jora.train.metrics import RATE_STEPS, Line, MetricsFile
 from jora.train.optimizer import diverged, learning_rate, optimizer_for
 from jora.train.options import TrainOptions

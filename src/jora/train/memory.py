@@ -6,13 +6,10 @@ import ctypes
 import sys
 from typing import Any, NamedTuple
 
-import jax
 import psutil
 
 from jora.sharding import Layout
-
-# Allocators fragment, and other programs on the device may need a little.
-USABLE = 0.9
+from jora.sharding.memory import own_devices
 
 
 class ProgramMemory(NamedTuple):
@@ -40,19 +37,6 @@ class ProgramMemory(NamedTuple):
         return self.arguments + self.added
 
 
-def _devices(layout: Layout) -> list[jax.Device]:
-    return [device for device in layout.mesh.devices.flat if device.process_index == jax.process_index()]
-
-
-def free_bytes(layout: Layout) -> int:
-    """Bytes that each device of the mesh can still give out; simulated devices share the host's memory."""
-    devices = _devices(layout)
-    stats = [device.memory_stats() for device in devices]
-    if all(s and "bytes_limit" in s for s in stats):
-        return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats if s)
-    return psutil.virtual_memory().available // len(devices)
-
-
 def return_freed_memory() -> None:
     """Give back what the C library holds of freed memory: after a compilation that is hundreds of MiB.
 
@@ -65,6 +49,6 @@ def return_freed_memory() -> None:
 
 def peak_bytes(layout: Layout) -> int:
     """The most that one device held so far; where the backend does not say (CPU), what the process holds now."""
-    stats = [device.memory_stats() or {} for device in _devices(layout)]
+    stats = [device.memory_stats() or {} for device in own_devices(layout)]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) if peaks else psutil.Process().memory_info().rss

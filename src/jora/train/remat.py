@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jora.models.decoder import Remat
-from jora.train.memory import USABLE, ProgramMemory
+from jora.sharding.memory import USABLE
+from jora.train.memory import ProgramMemory
 
 # From the fastest to the smallest. "none" is not among them: measured, it is larger than "selective" and no
 # faster, because JAX then keeps copies of what a matrix product can read in place.

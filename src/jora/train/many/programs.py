@@ -13,11 +13,11 @@ from jora.data.batches import Shape
 from jora.models.decoder import Remat
 from jora.models.model import Model
 from jora.reporting import Reporter
+from jora.sharding.memory import free_bytes
 from jora.train.feed import abstract_batches
 from jora.train.many.plan import Group, Planned, Prepared, bank_of, micro_batches, smallest
 from jora.train.many.state import KindArrays, Moves, abstract_arrays, abstract_job, moves
 from jora.train.many.step import NO_UPDATE, BankProgram, Measured, Settings, bank_step
-from jora.train.memory import free_bytes
 from jora.train.programs import Programs, abstract_params_of, compile_lowered
 from jora.train.remat import choose_remat
 from jora.train.step import Program, TrainState

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/serve.py`: traces, metrics, floors, and the contestants."""

@@ -1,0 +1,1 @@
+"""Adapters in the serving engine: as streams of pages, on the device, and in host memory."""

@@ -1,0 +1,229 @@
+"""How an adapter comes into the active set: from its pages of the pool, by programs that fit every adapter.
+
+Ranks, base products and where they go are data. What a program is compiled for is the active set's own size and how
+many ranks it writes at once (`windows`), so warm-up can compile all of them (`join_shapes`).
+
+Shape legend: L layers, R ranks, S vectors, T targets, n pages, w ranks or vectors written at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jora.models.config import LINEARS, ModelConfig
+from jora.serve.adapters.active import Active, active_parts, window, windows
+from jora.serve.adapters.packing import Spec, TargetSpec, elements
+from jora.serve.pages.layout import POOL_AXES, PoolLayout
+from jora.sharding import Layout
+
+
+class Place(NamedTuple):
+    """Where an adapter goes in the active set: its number, its first rank and its first vector (1 at least)."""
+
+    number: int
+    rank: int
+    vector: int
+
+
+class JoinShape(NamedTuple):
+    """What a join program is compiled for besides the active set: ranks and vectors written, and pages read."""
+
+    ranks: int
+    vectors: int
+    pages: int
+
+
+class _Program(NamedTuple):
+    """The static part of a join; hashable."""
+
+    config: ModelConfig
+    layout: Layout
+    shape: JoinShape
+
+
+class _Data(NamedTuple):
+    """An adapter as a program gets it: numpy arrays and scalars outside, traced ones inside.
+
+    ranks, products: int32 [T], of each target of the active set; then `Place`'s numbers and `Spec.scales_bias`.
+    """
+
+    ranks: Any
+    products: Any
+    number: Any
+    rank: Any
+    vector: Any
+    scales_bias: Any
+
+
+def join(
+    active: Active,
+    pool: Float[Array, "pages shards elements"],
+    pages: Sequence[int],
+    spec: Spec,
+    place: Place,
+    config: ModelConfig,
+    layout: Layout,
+    pool_layout: PoolLayout,
+) -> Active:
+    """`active` (donated) with one adapter copied from its pages of the pool; other adapters' ranks stay."""
+    shape = join_shape(active, spec, config, layout, pool_layout)
+    by_target = {each.target: each for each in spec.targets}
+    sizes = [by_target.get(target, TargetSpec(target, 0, 0)) for target in _targets(active)]
+    numbers = np.array([(each.rank, each.products) for each in sizes], np.int32).reshape(-1, 2)
+    ids = np.zeros(shape.pages, np.int32)
+    ids[: len(pages)] = pages
+    number, rank, vector = (np.int32(x) for x in place)
+    data = _Data(numbers[:, 0], numbers[:, 1], number, rank, vector, np.bool_(spec.scales_bias))
+    return _join(active, pool, ids, data, program=_Program(config, layout, shape))
+
+
+def join_shape(active: Active, spec: Spec, config: ModelConfig, layout: Layout, pool_layout: PoolLayout) -> JoinShape:
+    """The program that copies an adapter of these sizes into `active`."""
+    ranks = window(active.ranks, spec.rank)
+    return _shape(active, ranks, active.vectors - 1 if spec.products else 0, config, layout, pool_layout)
+
+
+def join_shapes(active: Active, config: ModelConfig, layout: Layout, pool_layout: PoolLayout) -> list[JoinShape]:
+    """Every program that `join` may need for this active set, whatever adapters come."""
+    products = (0, active.vectors - 1) if active.vectors else (0,)
+    return [
+        _shape(active, ranks, vectors, config, layout, pool_layout)
+        for ranks in windows(active.ranks) or (0,)
+        for vectors in products
+        if ranks or vectors
+    ]
+
+
+def warm_up(active: Active, pool: Array, config: ModelConfig, layout: Layout, pool_layout: PoolLayout) -> Active:
+    """Compile every join of this active set, which must be empty, and `leave`; gives it back, empty as it was."""
+    sizes = np.zeros(len(_targets(active)), np.int32)
+    nothing = _Data(sizes, sizes, np.int32(0), np.int32(0), np.int32(1), np.bool_(False))
+    for shape in join_shapes(active, config, layout, pool_layout):
+        ids = np.zeros(shape.pages, np.int32)
+        active = _join(active, pool, ids, nothing, program=_Program(config, layout, shape))
+    return leave(active, 0)
+
+
+def _shape(
+    active: Active, ranks: int, vectors: int, config: ModelConfig, layout: Layout, pool_layout: PoolLayout
+) -> JoinShape:
+    largest = Spec(tuple(TargetSpec(target, ranks, vectors) for target in _targets(active)))
+    return JoinShape(ranks, vectors, pool_layout.adapter_pages(elements(largest, config, layout)))
+
+
+def _targets(active: Active) -> tuple[str, ...]:
+    """In the stream's order (a dictionary that went through a program has its keys sorted)."""
+    return tuple(target for target in LINEARS if target in active.a or target in active.u)
+
+
+@partial(jax.jit, donate_argnums=0)
+def leave(active: Active, number: Int[Array, ""] | int) -> Active:
+    """`active` (donated) without an adapter: its ranks are nobody's."""
+    owner = jnp.where(active.owner == number, -1, active.owner)
+    return Active(active.a, active.b, active.u, active.v, owner, active.scales_bias)
+
+
+@partial(jax.jit, static_argnames="program", donate_argnums=0)
+def _join(active: Active, pool: Array, pages: Int[Array, " n"], data: _Data, *, program: _Program) -> Active:
+    _, layout, _ = program
+    local = partial(_join_local, program=program)
+    if layout.devices == 1:
+        return local(active, pool, pages, data)
+    specs = _specs(active, program)
+    whole = PartitionSpec()
+    joined: Active = jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(specs, layout.spec(POOL_AXES), whole, _Data(*(whole,) * 6)),
+        out_specs=specs,
+        check_vma=False,
+    )(active, pool, pages, data)
+    return joined
+
+
+def _specs(active: Active, program: _Program) -> Any:
+    """How the active set lies on the devices."""
+    found: dict[str, dict[str, PartitionSpec]] = {name: {} for name in "abuv"}
+    for part in active_parts(program.config, _targets(active), active.ranks, active.vectors):
+        found[part.name][part.target] = part.sharding(program.layout).spec
+    return Active(**found, owner=PartitionSpec(), scales_bias=PartitionSpec())  # type: ignore[arg-type]
+
+
+def _join_local(active: Active, pool: Array, pages: Array, data: _Data, *, program: _Program) -> Active:
+    """One device's part: its stream is put together from its part of the pages."""
+    _, _, shape = program
+    stream = pool[pages, 0].reshape(-1)
+    most, most_products = jnp.max(data.ranks), jnp.max(data.products)
+    arrays: dict[str, dict[str, Array]] = {name: dict(getattr(active, name)) for name in "abuv"}
+    at = jnp.int32(0)
+    for number, target in enumerate(_targets(active)):
+        for name in "abuv":
+            if target not in arrays[name]:
+                continue
+            old = arrays[name][target]
+            if name in "ab":
+                entries = _Entries(data.ranks[number], data.rank, most, shape.ranks, identity=False)
+            else:
+                entries = _Entries(data.products[number], data.vector, most_products, shape.vectors, identity=True)
+            if entries.width:
+                arrays[name][target] = _written(old, stream, at, entries)
+            at += old.shape[0] * entries.own * math.prod(old.shape[2:])
+    return Active(
+        **arrays,
+        owner=jnp.where(_within(active.ranks, data.rank, most), data.number, active.owner),
+        scales_bias=jnp.where(
+            _within(active.vectors, data.vector, most_products), data.scales_bias, active.scales_bias
+        ),
+    )
+
+
+def _within(total: int, start: Array, count: Array) -> Array:
+    numbers = jnp.arange(total, dtype=jnp.int32)
+    return (numbers >= start) & (numbers < start + count)
+
+
+class _Entries(NamedTuple):
+    """Ranks or vectors of one target to write: `own` from the stream, then zeros up to `most`, from `start` on.
+
+    width (static): of the window that is written. identity (static): they are vectors of base products, of which a
+    target that has none (while others have) needs one of ones.
+    """
+
+    own: Array
+    start: Array
+    most: Array
+    width: int
+    identity: bool
+
+
+def _written(
+    old: Float[Array, "L R *features"], stream: Float[Array, " elements"], at: Int[Array, ""], entries: _Entries
+) -> Float[Array, "L R *features"]:
+    """`old` with the entries that begin at `at` of the stream."""
+    own, start, most, width, identity = entries
+    layers, total, *features = old.shape
+    size = math.prod(features)
+    first = jnp.clip(start, 0, total - width)  # of the window, which may begin before `start`
+    entry = jnp.arange(width, dtype=jnp.int32) - (start - first)
+    taken = jnp.clip(entry, 0, jnp.maximum(own - 1, 0))
+    begins = at + (jnp.arange(layers, dtype=jnp.int32)[:, None] * own + taken) * size
+    read = jax.vmap(jax.vmap(lambda begin: jax.lax.dynamic_slice(stream, (begin,), (size,))))(begins)
+    read = read.reshape(layers, width, *features).astype(old.dtype)
+
+    def wide(chosen: Array) -> Array:
+        return chosen.reshape(1, -1, *(1,) * len(features))
+
+    padding = jnp.where(wide((entry == 0) & (own == 0) & identity), 1, 0).astype(old.dtype)
+    kept = jax.lax.dynamic_slice_in_dim(old, first, width, axis=1)
+    new = jnp.where(wide(entry < own), read, padding)
+    new = jnp.where(wide((entry >= 0) & (entry < most)), new, kept)
+    return jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=1)

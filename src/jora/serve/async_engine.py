@@ -1,0 +1,200 @@
+"""The engine behind asyncio: its steps run in a thread of their own, every request is an async iterator of events.
+
+What touches the engine runs in that thread, one thing after the other; callers hand it over and await the result. A
+reader that falls behind costs memory for its own events alone (a request has at most `max_tokens` of them): it holds
+up nobody, and the events that wait for it are joined into one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from jora.serve.adapters.describe import AdapterInfo
+from jora.serve.engine import Engine, EngineStats
+from jora.serve.requests import Event, Request
+
+Result = TypeVar("Result")
+
+
+class _Reader:
+    """The events of one request, from the engine's thread to the caller's loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, answers: int):
+        self.loop, self.open = loop, answers
+        self._events: list[Event] = []
+        self._there = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        """Called in the loop."""
+        last = self._events[-1] if self._events else None
+        if last is not None and last.index == event.index and last.finish is None:
+            self._events[-1] = joined(last, event)
+        else:
+            self._events.append(event)
+        self._there.set()
+
+    async def get(self) -> list[Event]:
+        await self._there.wait()
+        self._there.clear()
+        events, self._events = self._events, []
+        return events
+
+
+def joined(first: Event, second: Event) -> Event:
+    """Two successive events of one answer as one."""
+    return dataclasses.replace(
+        second,
+        tokens=first.tokens + second.tokens,
+        text=first.text + second.text,
+        logprobs=first.logprobs + second.logprobs,
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+    )
+
+
+class AsyncEngine:
+    """An `Engine` for a server. Start it once, in the loop that serves."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._readers: dict[str, _Reader] = {}
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the engine for good; None while it runs."""
+        return self._failure
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._thread.start()
+
+    async def stream(self, request: Request) -> AsyncIterator[Event]:
+        """The events of a request; leaving the iterator early cancels it.
+
+        Raises InputError, Rejected or UnknownAdapter where the engine does not take it.
+        """
+        reader = _Reader(asyncio.get_running_loop(), request.sampling.n)
+
+        def submit() -> None:
+            self.engine.submit(request)
+            self._readers[request.id] = reader
+
+        await self._call(submit)
+        try:
+            while reader.open:
+                for event in await reader.get():
+                    reader.open -= event.finish is not None
+                    yield event
+        finally:
+            if reader.open:
+                self._todo.put(lambda: self._forget(request.id))
+
+    def _forget(self, request: str) -> None:
+        self._readers.pop(request, None)
+        self.engine.cancel(request)
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Load or replace an adapter. Raises InputError where it cannot be served."""
+        return await asyncio.to_thread(self.engine.load_adapter, name, path)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve it no longer; requests that run with it finish. Raises UnknownAdapter."""
+        await self._call(lambda: self.engine.unload_adapter(name))
+
+    async def adapters(self) -> list[AdapterInfo]:
+        """All adapters that are served."""
+        return await self._call(self.engine.adapters)
+
+    async def stats(self) -> EngineStats:
+        """What the engine is doing."""
+        return await self._call(self.engine.stats)
+
+    async def drain(self, seconds: float | None = None) -> bool:
+        """Wait until nothing runs, at most so long; whether that came true."""
+
+        async def idle() -> None:
+            while await self._call(lambda: self.engine.has_work):
+                await asyncio.sleep(0.05)
+
+        try:
+            await asyncio.wait_for(idle(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """End the thread; what runs is given up."""
+        self._stopping = True
+        self._todo.put(lambda: None)
+        self._thread.join()
+
+    async def _call(self, function: Callable[[], Result]) -> Result:
+        """Run a function between two steps."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except BaseException as error:  # not swallowed: the caller gets it
+                loop.call_soon_threadsafe(_set_exception, future, error)
+            else:
+                loop.call_soon_threadsafe(_set_result, future, result)
+
+        if self._failure is not None:
+            raise RuntimeError("the engine has stopped after an error") from self._failure
+        self._todo.put(run)
+        return await future
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._do_waiting(block=not self.engine.has_work)
+                if self.engine.has_work:
+                    self._send(self.engine.step())
+        except BaseException as error:
+            self._failure = error
+            told = f"the engine failed: {error}"
+            for name, reader in self._readers.items():
+                ended = [Event(name, index, finish="error", error=told) for index in range(reader.open)]
+                for event in ended:
+                    reader.loop.call_soon_threadsafe(reader.put, event)
+            raise
+
+    def _do_waiting(self, block: bool) -> None:
+        """Run what callers handed over; `block` waits for the first of it."""
+        while True:
+            try:
+                todo = self._todo.get(block)
+            except queue.Empty:
+                return
+            todo()
+            block = False
+
+    def _send(self, events: list[Event]) -> None:
+        for event in events:
+            reader = self._readers.get(event.request)
+            if reader is not None:
+                reader.loop.call_soon_threadsafe(reader.put, event)
+        for event in events:
+            reader = self._readers.get(event.request)
+            if event.finish is not None and reader is not None and not self.engine.knows(event.request):
+                del self._readers[event.request]
+
+
+def _set_result(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():  # the caller may have gone
+        future.set_result(result)
+
+
+def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,1 @@
+"""The devices' side of serving: forward and sampling programs, and their dispatch."""

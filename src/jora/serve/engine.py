@@ -1,0 +1,395 @@
+"""The serving engine: it plans, executes and emits (docs/serving.md, "A step"). Usable as a library, without HTTP."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from jora.data.chat import Template
+from jora.errors import InputError
+from jora.inference.generate import end_tokens
+from jora.models.config import LINEARS
+from jora.models.model import Model
+from jora.reporting import SILENT, Reporter
+from jora.serve import memory
+from jora.serve.adapters.active_set import ActiveSet
+from jora.serve.adapters.catalogue import Catalogue
+from jora.serve.adapters.describe import AdapterInfo
+from jora.serve.adapters.host_store import HostStore
+from jora.serve.adapters.loading import Limits, Loader
+from jora.serve.adapters.resident import Resident
+from jora.serve.answers import Answer
+from jora.serve.device.executor import Executor
+from jora.serve.device.results import Pending, Sampled, Scored
+from jora.serve.device.sample_rows import sample_row
+from jora.serve.device.sampling import SampleRows
+from jora.serve.device.warm_up import warm_up
+from jora.serve.options import EngineOptions
+from jora.serve.pages.allocator import Pages
+from jora.serve.pages.layout import PoolLayout
+from jora.serve.pages.prefix_cache import PrefixCache
+from jora.serve.requests import Event, Logprobs, Request
+from jora.serve.scheduling.plan import Plan
+from jora.serve.scheduling.scheduler import Scheduler
+from jora.serve.scheduling.sequence import AdapterVersion, Sequence
+from jora.serve.text.detokenise import Detokeniser
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine is doing; what is counted is counted since its start.
+
+    pool_pages: by owner. adapters: how many are "known", in "host" memory, "resident" in the pool. adapter_hits and
+    adapter_misses: requests whose adapter was in host memory or the pool, and those that waited for it. cached_tokens:
+    prompt tokens that the prefix cache had. service: weighted tokens that each client was given.
+    """
+
+    waiting: int
+    running: int
+    pool_pages: Mapping[str, int]
+    adapters: Mapping[str, int]
+    adapter_hits: int
+    adapter_misses: int
+    preemptions: int
+    cached_tokens: int
+    service: Mapping[str, float]
+
+
+@dataclass
+class _Live:
+    """A sequence that has not ended, with its answer."""
+
+    sequence: Sequence
+    answer: Answer
+    row: SampleRows
+    slot: int | None = None  # as the executor knows it
+    scores: list[Logprobs] = field(default_factory=list)
+
+
+class Engine:
+    """One base model and its adapters, many requests at a time. Not thread-safe: `AsyncEngine` is for servers.
+
+    Args:
+        model: the base; its mesh may cut tensors only.
+        options: sizes and policies.
+        adapters: a directory of adapters, or a `Catalogue`; None serves the base alone until some are loaded.
+        clock: seconds, rising; deadlines are on it.
+
+    Raises:
+        InputError: a pool that does not fit the devices, or holds no sequence.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        options: EngineOptions | None = None,
+        adapters: str | os.PathLike[str] | Catalogue | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        options = memory.with_pool(model, options or EngineOptions())
+        self.model, self.options = model, options
+        self.catalogue = _catalogue(adapters, model)
+        self.max_length = min(options.max_length or model.config.max_positions, model.config.max_positions)
+        self.targets = options.targets if options.targets is not None else _targets(self.catalogue)
+        self.pool_layout = PoolLayout.of(model.config, model.layout, model.dtype, options.page_tokens)
+        assert options.pool_bytes is not None
+        self.pages = Pages(_page_count(options.pool_bytes, self.pool_layout))
+        self._detokeniser = Detokeniser(model.tokenizer)
+        self._ends = end_tokens(model, Template(model.tokenizer))
+        self._active_set = active = ActiveSet(options.rank_buckets, options.product_buckets)
+        ranks, products = (max(buckets, default=0) for buckets in (options.rank_buckets, options.product_buckets))
+        limits = Limits(self.targets, ranks, products, self.pages.total - 1)
+        self.loader = Loader(self.catalogue, model, self.pool_layout, limits)
+        self.host = HostStore(self.loader, options.host_adapters_bytes)
+        self.resident = Resident(self.catalogue, self.loader, self.host, self.pages, active, self._retired)
+        cache = PrefixCache(self.pool_layout, self.pages) if options.prefix_cache else None
+        self.scheduler = Scheduler(options, self.pool_layout, self.pages, cache, self.resident, clock)
+        self.executor = Executor(
+            model,
+            options,
+            self.pool_layout,
+            self.pages.total,
+            self.targets,
+            active,
+            self.max_length,
+            max((info.prefix_slots for info in self.catalogue.infos()), default=0),
+        )
+        self._clock = clock
+        self._live: dict[Sequence, _Live] = {}
+        self._by_request: dict[str, list[Sequence]] = {}
+        self._pending: Pending | None = None
+        self._counts: Counter[str] = Counter()
+
+    def warm_up(self, reporter: Reporter = SILENT) -> None:
+        """Compile every program that serving may need; after this nothing compiles."""
+        warm_up(self.executor, self._active_set.sizes(), reporter)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._live) or self._pending is not None
+
+    def knows(self, request: str) -> bool:
+        """Whether a request of this id has an answer that has not ended."""
+        return request in self._by_request
+
+    # --- requests ---
+
+    def submit(self, request: Request) -> None:
+        """Take a request; its events come from `step`.
+
+        Raises InputError for one that cannot be served, UnknownAdapter, and Rejected while the queue is full.
+        """
+        if self.knows(request.id):
+            raise InputError(f"request {request.id}: there is one of this id already")
+        version, slots = None, 0
+        if request.adapter is not None:
+            version = self.catalogue.resolve(request.adapter)
+            slots = self.loader.described(version).prefix_slots
+        most = self._max_tokens(request, slots)
+        seed = request.sampling.seed
+        seed = secrets.randbits(32) if seed is None else seed
+        submitted: list[Sequence] = []
+        try:
+            for index in range(request.sampling.n):
+                submitted.append(self._submit(request, index, version, slots, most, _answer_seed(seed, index)))
+        except InputError:
+            for sequence in submitted:
+                self.scheduler.cancel(sequence)
+                self._forget(sequence)
+            raise
+
+    def _submit(
+        self, request: Request, index: int, version: AdapterVersion | None, slots: int, most: int, seed: int
+    ) -> Sequence:
+        sampling = request.sampling
+        # A soft prompt may depend on the whole prompt, so no other prompt shares what follows it.
+        salt = np.asarray(request.prompt, "<i8").tobytes() if slots else b""
+        sequence = Sequence(request, index, version, most, slots, salt)
+        ends = (*(() if sampling.ignore_eos else self._ends), *sampling.stop_token_ids)
+        row = sample_row(sampling, seed, ends, self.model.config.vocab_size)
+        answer = Answer(request, index, self._detokeniser, self._ends, most)
+        self.scheduler.submit(sequence)
+        if version is not None:
+            self.resident.hold(version)
+        self._live[sequence] = _Live(sequence, answer, row)
+        self._by_request.setdefault(request.id, []).append(sequence)
+        return sequence
+
+    def _max_tokens(self, request: Request, slots: int) -> int:
+        """Most new tokens of each answer. Raises InputError where the model's positions hold none."""
+        vocabulary = self.model.config.vocab_size
+        if wrong := [t for t in request.prompt if not 0 <= t < vocabulary]:
+            raise InputError(f"the prompt has token {wrong[0]}; the vocabulary has {vocabulary}")
+        room = self.max_length - slots - len(request.prompt)
+        if room < 1:
+            taken = f"{len(request.prompt)} tokens" + (f" and {slots} soft tokens" if slots else "")
+            raise InputError(f"the prompt has {taken}, which leaves none of {self.max_length} positions to the answer")
+        asked = request.sampling.max_tokens
+        if asked is not None and asked > room:
+            raise InputError(
+                f"max_tokens {asked} and a prompt of {len(request.prompt)} tokens are more than {self.max_length}"
+                " positions; ask for fewer"
+            )
+        return room if asked is None else asked
+
+    def cancel(self, request: str) -> None:
+        """End a request's answers, without events; nothing happens where it has ended."""
+        for sequence in self._by_request.get(request, [])[:]:
+            self.scheduler.cancel(sequence)
+            self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """It has left the scheduler."""
+        live = self._live.pop(sequence)
+        if live.slot is not None:
+            self.executor.stop(sequence, live.slot)
+        siblings = self._by_request[sequence.request.id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._by_request[sequence.request.id]
+        if sequence.adapter is not None:
+            self.resident.release(sequence.adapter)
+
+    # --- adapters ---
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
+        """Serve an adapter under a name, in place of one that has it; requests that run keep the old one.
+
+        Everything is checked before. May be called from another thread. Raises InputError.
+        """
+        entry = self.catalogue.candidate(name, path)
+        try:
+            self.loader.described(entry.version)
+            self.host.fetch(entry.version)
+        except InputError:
+            self.host.drop(entry.version)
+            self.catalogue.forget(entry.version)
+            raise
+        return self.catalogue.info(self.catalogue.commit(entry))
+
+    def unload_adapter(self, name: str) -> None:
+        """Serve it no longer; requests that have it finish. Raises UnknownAdapter."""
+        self.catalogue.unload(name)
+        self.resident.retire()
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Every adapter that is served; those whose files cannot be are left out."""
+        return self.catalogue.infos()
+
+    def _retired(self, version: AdapterVersion) -> None:
+        self.scheduler.drop_adapter(version)
+
+    # --- steps ---
+
+    def step(self) -> list[Event]:
+        """One step; what is new of the step before it."""
+        self.resident.retire()
+        events = self._failed_adapters()
+        plan = self.scheduler.plan()
+        self._counts["preemptions"] += len(plan.preempted)
+        events += self._left(plan)
+        self._prepare(plan)
+        forward = self.executor.forward(plan)
+        self.scheduler.after_dispatch(plan)
+        before, self._pending = self._pending, None
+        if before is not None:
+            events += self._emit(*before.read())
+        alive = [s for s in plan.decode if s in self._live]
+        if alive or forward.chunk is not None:
+            rows = {s: self._live[s].row for s in self._stepping(plan, alive)}
+            masks = {s: g.mask() for s in rows if (g := self._live[s].answer.grammar) is not None}
+            self._pending = self.executor.sample(forward, alive, rows, masks)
+        return events
+
+    @staticmethod
+    def _stepping(plan: Plan, alive: list[Sequence]) -> list[Sequence]:
+        prefilled = plan.prefill
+        return alive if prefilled is None or not prefilled.last else [*alive, prefilled.sequence]
+
+    def _left(self, plan: Plan) -> list[Event]:
+        """Those that the scheduler has ended, or put back."""
+        for sequence in plan.preempted:
+            live = self._live[sequence]
+            if live.slot is not None:
+                self.executor.stop(sequence, live.slot)
+                live.slot = None
+        events = []
+        for sequence, reason in plan.expired:
+            events.append(self._live[sequence].answer.end(reason))
+            self._forget(sequence)
+        return events
+
+    def _prepare(self, plan: Plan) -> None:
+        """What the newly admitted need on the devices before the step's forward."""
+        if not plan.admitted:
+            return
+        self.executor.write(self.resident.take_copies())
+        running = {s.adapter for s, live in self._live.items() if s.slot is not None and s.adapter is not None}
+        self.executor.activate({v: (self.resident.spec(v), self.resident.pages_of(v)) for v in sorted(running)})
+        for sequence in plan.admitted:
+            live = self._live[sequence]
+            live.slot = sequence.slot
+            if not sequence.generated:
+                live.scores.clear()
+                live.answer.cached = sequence.cached
+                self._counts["cached_tokens"] += sequence.cached
+            self.executor.start(sequence, live.row, self._soft_prompt(sequence))
+
+    def _soft_prompt(self, sequence: Sequence) -> np.ndarray | None:
+        if sequence.adapter is None:
+            return None
+        loaded = self.resident.loaded(sequence.adapter)
+        return loaded.soft_prompt(self.model, sequence.request.prompt)
+
+    def _failed_adapters(self) -> list[Event]:
+        """Requests whose adapter could not be loaded."""
+        events = []
+        waiting = {s.adapter for s, live in self._live.items() if s.state == "loading" and s.adapter is not None}
+        for version in waiting:
+            error = self.host.failure(version)
+            if error is None:
+                continue
+            for sequence in [s for s in self._live if s.adapter == version and s.state == "loading"]:
+                events.append(self._live[sequence].answer.end("error", str(error)))
+                self.scheduler.cancel(sequence)
+                self._forget(sequence)
+        return events
+
+    def _emit(self, scored: list[Scored], sampled: list[Sampled]) -> list[Event]:
+        for scores in scored:
+            live = self._live.get(scores.sequence)
+            if live is not None and scores.epoch == scores.sequence.epoch:
+                live.scores += scores.found
+        events = []
+        for token in sampled:
+            live = self._live.get(token.sequence)
+            if live is None or token.epoch != token.sequence.epoch:
+                continue  # it ended, or was put back, while the token was on its way
+            events.append(self._emit_token(live, token))
+        return events
+
+    def _emit_token(self, live: _Live, token: Sampled) -> Event:
+        sequence, answer = live.sequence, live.answer
+        if not sequence.generated and sequence.request.sampling.prompt_logprobs is not None:
+            answer.keep_prompt_logprobs((None, *live.scores))
+        self.scheduler.append(sequence, token.token)
+        event = answer.take(token.token, token.logprobs)
+        if answer.finished:
+            self.scheduler.finish(sequence)
+            self._forget(sequence)
+        return event
+
+    # --- what is going on ---
+
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        pages = self.pages.by_kind()
+        counts = self.host.counts
+        return EngineStats(
+            waiting=self.scheduler.waiting_count,
+            running=self.scheduler.running_count,
+            pool_pages={"free": self.pages.free_count, **pages},
+            adapters={
+                "known": len(self.catalogue.names()),
+                "host": len(self.host),
+                "resident": len(self.resident),
+            },
+            adapter_hits=counts.hits,
+            adapter_misses=counts.misses,
+            preemptions=self._counts["preemptions"],
+            cached_tokens=self._counts["cached_tokens"],
+            service=dict(self.scheduler.service),
+        )
+
+
+def _catalogue(adapters: str | os.PathLike[str] | Catalogue | None, model: Model) -> Catalogue:
+    if isinstance(adapters, Catalogue):
+        return adapters
+    directory = None if adapters is None else Path(adapters).expanduser()
+    return Catalogue(directory, model.config, model.identity)
+
+
+def _targets(catalogue: Catalogue) -> tuple[str, ...]:
+    """The linears that an adapter of the directory changes; all of them where there is none."""
+    changed = {target for info in catalogue.infos() for target in info.targets}
+    return tuple(target for target in LINEARS if target in changed) or LINEARS
+
+
+def _page_count(pool_bytes: int, layout: PoolLayout) -> int:
+    count = pool_bytes // layout.page_bytes
+    if count < 2:
+        raise InputError(f"a pool of {pool_bytes:,} bytes holds no page of {layout.page_bytes:,}; make it larger")
+    return count
+
+
+def _answer_seed(seed: int, index: int) -> int:
+    """Every answer of a request has draws of its own."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])

@@ -1,0 +1,101 @@
+"""What the handlers of a server share, and what each request passes first."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from fastapi import Request as HttpRequest
+
+from jora.errors import InputError
+from jora.serve.http.auth import Client, Keys
+from jora.serve.http.backend import AdapterInfo, Backend
+from jora.serve.http.documents import Retriever
+from jora.serve.http.errors import ApiError, invalid, unknown_model
+from jora.serve.http.limits import BODY_BYTES, RateLimiter
+from jora.serve.http.metrics import Metrics
+from jora.serve.http.prompting import Renderer
+from jora.serve.http.sampling import Structure
+from jora.serve.http.streaming import Feed
+from jora.serve.http.tokens import Text
+from jora.serve.requests import Request, SamplingOptions
+from jora.serve.text.grammar import Grammars
+
+
+class Caller(NamedTuple):
+    """Who asks, of which model (as it was named; `adapter` None is the base), until when."""
+
+    client: Client
+    model: str
+    adapter: str | None
+    deadline: float | None
+
+
+@dataclass
+class Server:
+    """A model behind HTTP.
+
+    model: the base's name for clients. ready: set when the engine is warm. draining: set when no new requests are to
+    be taken; those that run go on. allow_adapter_loading: whether clients may load and unload adapters. body_bytes:
+    most bytes of a request's body.
+    """
+
+    backend: Backend
+    text: Text
+    grammars: Grammars
+    model: str
+    keys: Keys = field(default_factory=Keys)
+    metrics: Metrics = field(default_factory=Metrics)
+    rates: RateLimiter = field(default_factory=RateLimiter)
+    retriever: Retriever | None = None
+    allow_adapter_loading: bool = False
+    body_bytes: int = BODY_BYTES
+    fingerprint: str = "jora"
+    created: int = field(default_factory=lambda: int(time.time()))
+    ready: bool = False
+    draining: bool = False
+    renderer: Renderer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.renderer = Renderer(self.text.tokenizer)
+
+    def client(self, http: HttpRequest) -> Client:
+        return self.keys.client(http.headers.get("authorization"))
+
+    def admit(self, http: HttpRequest, model: str, timeout: float | None = None) -> Caller:
+        """Let a request in: 401 or 403, 429 above the client's rate, 503 while draining or not ready."""
+        client = self.client(http)
+        if self.draining or not self.ready:
+            state = "shutting down" if self.draining else "starting"
+            raise ApiError(503, f"the server is {state}; try again", code="unavailable", headers={"Retry-After": "5"})
+        adapter = None if model == self.model else model
+        if adapter is not None:
+            client.check_adapter(adapter)
+        self.rates.admit(client)
+        return Caller(client, model, adapter, None if timeout is None else time.monotonic() + timeout)
+
+    async def adapter(self, name: str, client: Client) -> AdapterInfo:
+        """An adapter that is served and that the client may use; else 404."""
+        for info in await self.backend.adapters():
+            if info.name == name and client.may_use(name):
+                return info
+        raise unknown_model(name)
+
+    async def grammar(self, structure: Structure | None) -> Any:
+        if structure is None:
+            return None
+        try:
+            return await self.text.beside(lambda: self.grammars.compile(structure.kind, structure.source))
+        except InputError as error:
+            raise invalid(f"{structure.param}: {error}", structure.param) from None
+
+    def feed(self, caller: Caller, prompts: Sequence[tuple[int, ...]], sampling: SamplingOptions) -> Feed:
+        """Start the engine's requests of one HTTP request."""
+        requests = [
+            Request(uuid.uuid4().hex, prompt, sampling, caller.adapter, caller.client.name, caller.deadline)
+            for prompt in prompts
+        ]
+        return Feed(self.backend, self.metrics, requests)

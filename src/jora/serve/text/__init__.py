@@ -1,0 +1,1 @@
+"""Between tokens and text: incremental detokenisation with stop strings, and grammars."""

@@ -1,0 +1,221 @@
+"""The active set: rows with adapters of every kind side by side, against PEFT and transformers one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.methods.peft_oracle import base
+from tests.serve.adapters.kit import ALL, FAMILY, OWN, PEFT, Case, case, run
+from tests.sharding.collectives import collectives
+from tests.tiny import assert_close, logits, tiny, tokens
+
+from jora.models import decoder
+from jora.models.adapted import BASE, Rows
+from jora.models.model import Model
+from jora.serve.adapters.active import Active, Expanded, new_active, window, windows
+from jora.serve.adapters.active_set import ActiveSet, Member, Size
+from jora.serve.adapters.joining import _join, join, join_shapes, leave, warm_up
+from jora.serve.adapters.packing import Spec, pack, spec_of
+from jora.serve.pages.layout import PoolLayout
+
+TARGETS = tuple(ALL)
+RANKS, PRODUCTS, EXTRA = 64, 6, 8
+NAMES = [*PEFT, *OWN]
+IDS = tokens(batch=len(NAMES) + 2, length=9)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    return {name: case(name, base(FAMILY), tmp_path_factory.mktemp("adapter")) for name in NAMES}
+
+
+class Serving:
+    """A pool with the cases' pages in it, in no order, and an active set they join."""
+
+    def __init__(self, cases: dict[str, Case], mesh: str | None = None) -> None:
+        self.model = model = base(FAMILY, mesh)
+        self.pages = PoolLayout.of(model.config, model.layout, "float32", 4)
+        self.specs: dict[str, Spec] = {}
+        self.places: dict[str, list[int]] = {}
+        streams = {}
+        for name, one in cases.items():
+            served = one.adapter.method.lower(one.adapter, base(FAMILY))
+            self.specs[name] = spec_of(served)
+            streams[name] = pack(served, model.config, model.layout, "float32")
+        counts = {name: self.pages.adapter_pages(stream.shape[1]) for name, stream in streams.items()}
+        total = 1 + sum(counts.values())
+        free = (np.random.default_rng(0).permutation(total - 1) + 1).tolist()
+        # Pages hold what others left there; numbers of a stream's last page behind its end too.
+        pool = np.full((total, self.pages.shards, self.pages.elements), 1e30, np.float32)
+        for name, stream in streams.items():
+            self.places[name] = [free.pop() for _ in range(counts[name])]
+            padded = np.full((stream.shape[0], counts[name] * self.pages.elements), 1e30, np.float32)
+            padded[:, : stream.shape[1]] = stream
+            parts = padded.reshape(stream.shape[0], counts[name], -1)
+            pool[self.places[name]] = np.moveaxis(parts, 1, 0)
+        sharding = self.pages.new_pool(1, model.layout).sharding
+        self.pool = jax.device_put(pool, sharding)
+        self.set = ActiveSet([RANKS], [PRODUCTS])
+        self.active = self.new(Size(0, 0))
+
+    def new(self, size: Size) -> Active:
+        return new_active(self.model.config, self.model.layout, TARGETS, *size, "float32")
+
+    def update(self, names: Sequence[str]) -> None:
+        update = self.set.update({name: self.specs[name] for name in names})
+        if update.rebuild is not None:
+            self.active = self.new(update.rebuild)
+        for number in update.leave:
+            self.active = leave(self.active, number)
+        for member in update.join:
+            self.join(member)
+
+    def join(self, member: Member) -> None:
+        name = str(member.version)
+        model, pages = self.model, self.places[name]
+        self.active = join(
+            self.active, self.pool, pages, member.spec, member.place, model.config, model.layout, self.pages
+        )
+
+    def decode(self, rows: Sequence[str | None], ids: np.ndarray, products: bool = True) -> np.ndarray:
+        numbers = self.set.numbers(rows)
+        expanded = Expanded(*self.set.expanded(rows, EXTRA)) if products else None
+        return run(self.model, lambda a, n, e: a.bind_decode(n, e), ids, self.active, numbers, expanded)
+
+    def prefill(self, row: str, ids: np.ndarray) -> np.ndarray:
+        place, spec = self.set.members[row].place, self.specs[row]
+        ranks = window(self.set.size.ranks, spec.rank)
+        expanded = Expanded(*self.set.expanded([row], max(spec.products - 1, 0))) if spec.products else None
+
+        def bind(active: Active, number: Any, start: Any, expanded: Any) -> Any:
+            return active.bind_prefill(number, start, ranks=ranks, expanded=expanded)
+
+        arrays = (self.active, np.int32(place.number), np.int32(place.rank), expanded)
+        return run(self.model, bind, ids[None], *arrays)[0]
+
+
+@pytest.fixture(scope="module")
+def serving(cases: dict[str, Case]) -> Serving:
+    serving = Serving(cases)
+    serving.update(NAMES)
+    return serving
+
+
+def test_each_row_is_the_model_with_its_own_adapter(serving: Serving, cases: dict[str, Case]) -> None:
+    rows = [None, *NAMES, "flora"]
+    found = serving.decode(rows, IDS)
+    plain = logits(tiny(FAMILY)[0], IDS[:1])
+    assert_close(found[:1], plain)
+    for number, name in enumerate(rows):
+        if name is not None:
+            expected = cases[name].expected(IDS[number : number + 1])
+            assert_close(found[number : number + 1], expected)
+            assert np.abs(expected - logits(tiny(FAMILY)[0], IDS[number : number + 1])).max() > 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_takes_the_ranks_of_one_adapter(serving: Serving, cases: dict[str, Case], name: str) -> None:
+    assert_close(serving.prefill(name, IDS[0])[None], cases[name].expected(IDS[:1]))
+
+
+def test_adapters_come_and_go(cases: dict[str, Case]) -> None:
+    serving = Serving(cases)
+    low_rank = [name for name in NAMES if not serving.specs[name].products]
+    for wanted in (["rank 6"], ["rank 6", "nola", "dora"], ["per-head", "rank 1"], low_rank, NAMES, ["flora", "ia3"]):
+        serving.update(wanted)
+        rows = [*wanted, None]
+        products = any(serving.specs[name].products for name in wanted)
+        found = serving.decode(rows, IDS[: len(rows)], products)
+        for number, name in enumerate(wanted):
+            assert_close(found[number : number + 1], cases[name].expected(IDS[number : number + 1]))
+        assert_close(found[-1:], logits(tiny(FAMILY)[0], IDS[len(rows) - 1 : len(rows)]))
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "tensor=4"])
+def test_meshes_agree(cases: dict[str, Case], serving: Serving, mesh: str) -> None:
+    cut = Serving(cases, mesh)
+    cut.update(NAMES)
+    rows = [None, *NAMES, "flora"]
+    assert_close(cut.decode(rows, IDS), serving.decode(rows, IDS))
+    for name in ("rank 6", "flora"):
+        assert_close(cut.prefill(name, IDS[1]), serving.prefill(name, IDS[1]))
+
+
+def test_what_joins_is_what_was_packed(cases: dict[str, Case], serving: Serving) -> None:
+    """To the bit, zeros where a target has fewer ranks; others' ranks and free ones stay as they are."""
+    serving = Serving(cases)
+    serving.update(["rank 6", "rank 1", "flora"])
+    before = jax.tree.map(np.array, serving.active)
+    serving.update(["rank 6", "rank 1", "flora", "rslora 9"])
+    after, place = serving.active, serving.set.members["rslora 9"].place
+    served = cases["rslora 9"].adapter.method.lower(cases["rslora 9"].adapter, serving.model)
+    own = slice(place.rank, place.rank + 9)
+    for target in TARGETS:
+        for name in "ab":
+            old, new = np.asarray(getattr(before, name)[target]), np.asarray(getattr(after, name)[target])
+            expected = getattr(served.low_rank[target], name) if target in served.low_rank else 0
+            np.testing.assert_array_equal(new[:, own], np.broadcast_to(expected, new[:, own].shape))
+            np.testing.assert_array_equal(np.delete(new, own, 1), np.delete(old, own, 1))
+    owner = np.asarray(after.owner)
+    assert (owner[own] == place.number).all()
+    np.testing.assert_array_equal(np.delete(owner, own), np.delete(before.owner, own))
+    flora = serving.set.members["flora"].place.vector
+    np.testing.assert_array_equal(after.u["k_proj"][:, flora : flora + 3, 0], [[1, 0, 0]] * 2)
+    np.testing.assert_array_equal(after.u["k_proj"][:, 0], 1)
+
+
+def test_nothing_compiles_after_warm_up(cases: dict[str, Case]) -> None:
+    serving = Serving(cases)
+    model = serving.model
+    serving.set.size = Size(RANKS, PRODUCTS)
+    parts = (model.config, model.layout, serving.pages)
+    _join.clear_cache()
+    serving.active = warm_up(serving.new(serving.set.size), serving.pool, *parts)
+    programs = _join._cache_size()
+    assert programs == len(join_shapes(serving.active, *parts)) == 2 * len(windows(RANKS)) == 6
+    assert (np.asarray(serving.active.owner) == -1).all()
+    leaving = leave._cache_size()
+    for name in NAMES:
+        serving.update([name])
+    serving.update(NAMES)
+    for member in list(serving.set.members.values()):
+        serving.active = leave(serving.active, member.place.number)
+    assert (_join._cache_size(), leave._cache_size()) == (programs, leaving)
+    assert (np.asarray(serving.active.owner) == -1).all()
+
+
+def test_ranks_that_no_row_asks_for_do_nothing_whatever_they_hold(serving: Serving) -> None:
+    """Another adapter's large numbers: a product by zero would not be enough."""
+    huge = jax.tree.map(lambda x: x, serving.active)
+    place = serving.set.members["rank 6"].place
+    factors = {t: x.at[:, place.rank].set(3e38) for t, x in serving.active.a.items()}
+    huge = Active(factors, huge.b, huge.u, huge.v, huge.owner, huge.scales_bias)
+    numbers = serving.set.numbers([None, "nola"])
+    found = run(serving.model, lambda a, n: a.bind_decode(n), IDS[:2], huge, numbers)
+    assert_close(found, run(serving.model, lambda a, n: a.bind_decode(n), IDS[:2], serving.active, numbers))
+
+
+def exchanged(model: Model, bind: Any, *arrays: Any) -> Any:
+    def forward(params: Any, ids: Any, arrays: Any) -> Any:
+        return decoder.forward(params, model.config, model.layout, ids, bound=bind(*arrays), rows=Rows())[0]
+
+    lowered = jax.jit(forward).lower(model.params, jnp.asarray(IDS), arrays)
+    return collectives(lowered.compile({"xla_backend_optimization_level": "0"}).as_text())
+
+
+def test_devices_exchange_ranks_of_tokens_alone(cases: dict[str, Case]) -> None:
+    """Two linears a layer have a cut input; their inner products, [rows, tokens, rank], are all that is added."""
+    serving = Serving(cases, "tensor=4")
+    serving.update(NAMES)
+    rows = [None, *NAMES, "flora"]
+    numbers, expanded = serving.set.numbers(rows), Expanded(*serving.set.expanded(rows, EXTRA))
+    plain = exchanged(serving.model, lambda: BASE)
+    for each in (None, expanded):
+        extra = exchanged(serving.model, lambda a, n, e: a.bind_decode(n, e), serving.active, numbers, each) - plain
+        assert {item.shape for item in extra} == {(len(rows), IDS.shape[1], RANKS)}, extra
+        assert sum(extra.values()) == 2 * serving.model.config.layers

@@ -1,0 +1,119 @@
+"""The engine as a whole, against each request run alone on a model that PEFT or numpy merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tests.serve.bases import VOCAB, base, greedy, merged, randomised
+
+import jora
+from jora.methods.method import Method
+from jora.serve.engine import Engine
+from jora.serve.options import EngineOptions
+from jora.serve.requests import Event, Request, SamplingOptions
+
+QV, MLP = ("q_proj", "v_proj"), ("gate_proj", "down_proj")
+METHODS: dict[str, Method] = {
+    "r1": jora.LoRA(rank=1, targets=QV),
+    "r3": jora.LoRA(rank=3, targets="all-linear", use_rslora=True),
+    "r8": jora.LoRA(rank=8, targets=MLP),
+    "r16": jora.LoRA(rank=16, targets="all-linear", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 7}),
+    "r32": jora.LoRA(rank=32, targets=("o_proj",)),
+    "r64": jora.LoRA(rank=64, alpha=16, targets=(*QV, "up_proj")),
+    "layer1": jora.LoRA(rank=4, layers_to_transform=1),
+    "dora": jora.DoRA(rank=4, targets=(*QV, "down_proj")),
+    "flora": jora.FLoRA(rank=3, targets=(*QV, "up_proj")),
+    "nola": jora.NOLA(rank=4, bases=16),
+    "ia3": jora.IA3(),
+    "vera": jora.VeRA(rank=8),
+}
+OPTIONS = EngineOptions(
+    pool_bytes=4 << 20,
+    page_tokens=8,
+    max_batch=6,
+    chunk=32,
+    rank_buckets=(16, 64, 256),
+    product_buckets=(16,),
+    targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    max_length=640,
+)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("adapters")
+    for seed, (name, method) in enumerate(METHODS.items()):
+        spread = 0.05 if name in ("nola", "vera") else 0.3
+        jora.save_adapter(randomised(method, base(), seed, spread), directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def engine(adapters: Path) -> Engine:
+    engine = Engine(base(), OPTIONS, adapters)
+    engine.warm_up()
+    return engine
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Grows by one with every program that XLA compiles."""
+    found: list[str] = []
+
+    def count(name: str, seconds: float, **kwargs: Any) -> None:
+        if name == "/jax/core/compile/backend_compile_duration":
+            found.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(0, 256, length).tolist())
+
+
+def run(engine: Engine, requests: list[Request]) -> dict[str, list[Event]]:
+    """Every event of each request; the pool's books are checked after every step."""
+    events: dict[str, list[Event]] = {request.id: [] for request in requests}
+    waiting = list(requests)
+    while waiting or engine.has_work:
+        for request in waiting[:2]:  # they arrive while others run
+            engine.submit(request)
+        del waiting[:2]
+        for event in engine.step():
+            events[event.request].append(event)
+        engine.scheduler.check()
+    return events
+
+
+def tokens(events: list[Event]) -> list[int]:
+    return [token for event in events for token in event.tokens]
+
+
+def test_a_mixed_batch_gives_what_each_request_gives_alone(engine: Engine, adapters: Path) -> None:
+    """Twelve adapters of ranks 1 to 64 on differing targets and of six methods, and the base; lengths 1 to 500."""
+    lengths = [1, 500, 7, 8, 9, 33, 64, 100, 257, 31, 2, 40, 300, 5]
+    names = [*METHODS, None, "r3"]
+    requests = [
+        Request(f"{i}", prompt(i, length), SamplingOptions(max_tokens=12, temperature=0.0, ignore_eos=True), name)
+        for i, (name, length) in enumerate(zip(names, lengths, strict=True))
+    ]
+    with compilations() as compiled:
+        events = run(engine, requests)
+    assert not compiled
+    for request in requests:
+        model = merged("llama2", None if request.adapter is None else adapters / request.adapter)
+        assert tokens(events[request.id]) == greedy(model, request.prompt, 12), request.adapter
+        assert events[request.id][-1].finish == "length"
+        assert events[request.id][-1].usage[:3] == (len(request.prompt), 0, 12)
+    assert engine.stats().running == 0
+    assert VOCAB > max(max(tokens(each)) for each in events.values())

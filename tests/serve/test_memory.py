@@ -1,0 +1,83 @@
+"""Where memory goes: the numbers are those of the arrays that will be made."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from tests.bytewise import bytewise_llama
+
+import jora
+from jora.errors import InputError
+from jora.serve import memory
+from jora.serve.options import EngineOptions
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> str:
+    return bytewise_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return jora.load_model(path)
+
+
+@pytest.mark.parametrize("mesh", [None, "tensor=2", "fsdp=2,tensor=2"])
+def test_weights_are_what_a_device_holds(path, mesh):
+    model = jora.load_model(path, mesh=mesh)
+    device = model.layout.mesh.devices.flat[0]
+    held = sum(s.data.nbytes for a in jax.tree.leaves(model.params) for s in a.addressable_shards if s.device == device)
+    assert memory.weight_bytes(model) == held
+
+
+def test_active_set_is_its_arrays(model):
+    c, layout = model.config, model.layout
+    options = EngineOptions(rank_buckets=(4, 32), product_buckets=(3,), targets=("q_proj", "down_proj"))
+    widths = c.embed + c.heads * c.head_dim + c.mlp + c.embed
+    assert memory.active_bytes(c, layout, options, 4) == 4 * c.layers * (32 + 3) * widths
+    everything = memory.active_bytes(c, layout, EngineOptions(rank_buckets=(4, 32), product_buckets=(3,)), 4)
+    assert everything > 2 * memory.active_bytes(c, layout, options, 4)
+
+
+def test_the_model_width_is_whole_and_heads_are_cut(path):
+    model = jora.load_model(path, mesh="tensor=2")
+    c, options = model.config, EngineOptions(rank_buckets=(8,), targets=("q_proj",))
+    assert memory.active_bytes(c, model.layout, options, 4) == 4 * c.layers * 8 * (c.embed + c.heads * c.head_dim // 2)
+
+
+def test_a_host_gives_half_and_at_most_eight_gib(model, monkeypatch):
+    options = EngineOptions()
+    for free, expected in ((4 * GIB, 0.5), (100 * GIB, None)):
+        monkeypatch.setattr(memory, "free_bytes", lambda layout, free=free: free)
+        planned = memory.plan(model, options)
+        room = 0.9 * free - planned.active - planned.steps
+        assert planned.pool == (8 * GIB if expected is None else int(expected * int(room)))
+        assert planned.pool + planned.active + planned.steps + planned.rest == free
+    assert memory.with_pool(model, options).pool_bytes == 8 * GIB
+
+
+def test_an_accelerator_gives_all_that_is_left(model, monkeypatch):
+    monkeypatch.setattr(memory, "_on_host", lambda layout: False)
+    monkeypatch.setattr(memory, "free_bytes", lambda layout: 70 * GIB)
+    planned = memory.plan(model, EngineOptions())
+    assert planned.pool == int(0.9 * 70 * GIB) - planned.active - planned.steps
+
+
+def test_a_pool_of_ones_own(model, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda layout: 4 * GIB)
+    options = EngineOptions(pool_bytes=GIB)
+    assert memory.plan(model, options).pool == GIB
+    assert memory.with_pool(model, options) is options
+    with pytest.raises(InputError, match="no room for the page pool"):
+        memory.plan(model, EngineOptions(pool_bytes=5 * GIB))
+    with pytest.raises(InputError, match="no room"):
+        memory.plan(model, EngineOptions(max_batch=10**7))
+
+
+def test_sampling_is_counted(model):
+    c, layout = model.config, model.layout
+    few, many = (memory.steps_bytes(c, layout, EngineOptions(max_batch=n), 4) for n in (1, 101))
+    assert many - few >= 100 * c.padded_vocab * np.dtype(np.float32).itemsize
