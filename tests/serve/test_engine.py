@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import jax
@@ -38,8 +39,8 @@ OPTIONS = EngineOptions(
     page_tokens=8,
     max_batch=6,
     chunk=32,
-    rank_buckets=(16, 64, 256),
-    product_buckets=(16,),
+    rank_buckets=(128,),
+    product_buckets=(8,),
     targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     max_length=640,
 )
@@ -63,11 +64,11 @@ def engine(adapters: Path) -> Engine:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Grows by one with every program that XLA compiles."""
+    """Grows by one with every program that XLA compiles for the engine (loading an adapter has threads of its own)."""
     found: list[str] = []
 
     def count(name: str, seconds: float, **kwargs: Any) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
+        if name == "/jax/core/compile/backend_compile_duration" and not current_thread().name.startswith("adapters"):
             found.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(count)
@@ -116,4 +117,4 @@ def test_a_mixed_batch_gives_what_each_request_gives_alone(engine: Engine, adapt
         assert events[request.id][-1].finish == "length"
         assert events[request.id][-1].usage[:3] == (len(request.prompt), 0, 12)
     assert engine.stats().running == 0
-    assert VOCAB > max(max(tokens(each)) for each in events.values())
+    assert max(max(tokens(each)) for each in events.values()) < VOCAB

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
 from jora.serve.adapters.describe import AdapterInfo
@@ -26,23 +26,20 @@ class _Reader:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, answers: int):
         self.loop, self.open = loop, answers
-        self._events: list[Event] = []
+        self._events: dict[int, Event] = {}  # what waits, by answer
         self._there = asyncio.Event()
 
     def put(self, event: Event) -> None:
         """Called in the loop."""
-        last = self._events[-1] if self._events else None
-        if last is not None and last.index == event.index and last.finish is None:
-            self._events[-1] = joined(last, event)
-        else:
-            self._events.append(event)
+        waiting = self._events.get(event.index)
+        self._events[event.index] = event if waiting is None else joined(waiting, event)
         self._there.set()
 
     async def get(self) -> list[Event]:
         await self._there.wait()
         self._there.clear()
-        events, self._events = self._events, []
-        return events
+        events, self._events = self._events, {}
+        return list(events.values())
 
 
 def joined(first: Event, second: Event) -> Event:
@@ -76,8 +73,8 @@ class AsyncEngine:
         """Begin to step."""
         self._thread.start()
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
-        """The events of a request; leaving the iterator early cancels it.
+    async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
+        """The events of a request; closing the generator early cancels it.
 
         Raises InputError, Rejected or UnknownAdapter where the engine does not take it.
         """
@@ -87,19 +84,21 @@ class AsyncEngine:
             self.engine.submit(request)
             self._readers[request.id] = reader
 
-        await self._call(submit)
         try:
+            await self._call(submit)
             while reader.open:
                 for event in await reader.get():
                     reader.open -= event.finish is not None
                     yield event
         finally:
+            # Behind `submit` in the queue, so it also finds a request whose caller left before it was taken.
             if reader.open:
-                self._todo.put(lambda: self._forget(request.id))
+                self._todo.put(lambda: self._forget(request.id, reader))
 
-    def _forget(self, request: str) -> None:
-        self._readers.pop(request, None)
-        self.engine.cancel(request)
+    def _forget(self, request: str, reader: _Reader) -> None:
+        if self._readers.get(request) is reader:
+            del self._readers[request]
+            self.engine.cancel(request)
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:
         """Load or replace an adapter. Raises InputError where it cannot be served."""

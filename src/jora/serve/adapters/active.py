@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from jora.kernels.on_shards import on_shards
@@ -37,8 +39,8 @@ class Expanded(NamedTuple):
     vector: entry of u and v. row: the row that an extra product belongs to; b where it is only padding.
     """
 
-    vector: Int[Array, " N"]
-    row: Int[Array, " E"]
+    vector: Int[Array, " N"] | Int[np.ndarray, " N"]
+    row: Int[Array, " E"] | Int[np.ndarray, " E"]
 
 
 class Shared(NamedTuple):
@@ -142,29 +144,16 @@ class Active:
         return self.scales_bias.shape[0]
 
     def bind_decode(self, numbers: Int[Array, " b"], expanded: Expanded | None = None) -> Bound:
-        """The adapters of a batch. numbers: of each row's adapter, -1 for the base.
+        """The adapters of a batch, inside jit: of the decode batch, or (with a `part` of the set) of one sequence.
 
-        expanded: None (static) where no row has base products of its own. Inside jit.
+        numbers: of each row's adapter, -1 for the base. expanded: None (static) where no row has base products of its
+        own.
         """
         mask = ((self.owner >= 0) & (self.owner == numbers[:, None]))[:, None]
         u, v = (self.u, self.v) if expanded is not None else ({}, {})
         targets = dict.fromkeys([*self.a, *u])
         layers = {t: ActiveProjection(self.a.get(t), self.b.get(t), u.get(t), v.get(t)) for t in targets}
         return Bound(layers, shared=Shared(mask, expanded, self.scales_bias))
-
-    def bind_prefill(
-        self, number: Int[Array, ""], start: Int[Array, ""], *, ranks: int, expanded: Expanded | None = None
-    ) -> Bound:
-        """The adapter of one sequence (b = 1): of all ranks only a window that holds its own, from `start` on.
-
-        ranks: width of the window (static, see `windows`), at least the adapter's rank. expanded: as in
-        `bind_decode`, with b = 1.
-        """
-        ranks = min(ranks, self.ranks)
-        own = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=ranks)  # clamped at the end
-        a, b = ({t: own(x, axis=1) for t, x in factors.items()} if ranks else {} for factors in (self.a, self.b))
-        part = Active(a, b, self.u, self.v, own(self.owner), self.scales_bias)
-        return part.bind_decode(number[None], expanded)
 
 
 class PartShape(NamedTuple):
@@ -209,6 +198,18 @@ def window(total: int, rank: int) -> int:
     return next((width for width in windows(total) if width >= rank), total)
 
 
+@lru_cache(maxsize=64)
+def active_shardings(config: ModelConfig, layout: Layout, targets: tuple[str, ...], ranks: int, vectors: int) -> Any:
+    """How an active set lies on the devices. Every program that makes one is held to these: another form of the same
+    sharding would compile all programs that read the set once more.
+    """
+    found: dict[str, dict[str, NamedSharding]] = {name: {} for name in "abuv"}
+    for part in active_parts(config, targets, ranks, vectors):
+        found[part.name][part.target] = part.sharding(layout)
+    whole = layout.sharding((None,))
+    return Active(**found, owner=whole, scales_bias=whole)  # type: ignore[arg-type]
+
+
 def active_parts(config: ModelConfig, targets: tuple[str, ...], ranks: int, vectors: int) -> Iterator[Part]:
     """The arrays of an active set."""
     for target in targets:
@@ -220,15 +221,19 @@ def new_active(
 ) -> Active:
     """An empty active set for so many ranks and base products in all, cut as training's factors are."""
     vectors = 1 + products if products else 0
-    arrays: dict[str, dict[str, Array]] = {name: {} for name in "abuv"}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in "abuv"}
     for part in active_parts(config, targets, ranks, vectors):
-        make = jax.jit(partial(_first, part.name, part.shape, dtype), out_shardings=part.sharding(layout))
-        arrays[part.name][part.target] = make()
-    whole = layout.sharding((None,))
-    owner = jnp.full(ranks, -1, jnp.int32, device=whole)
-    return Active(**arrays, owner=owner, scales_bias=jnp.zeros(vectors, bool, device=whole))
+        shapes[part.name][part.target] = part.shape
+
+    def empty() -> Active:
+        arrays = {n: {t: _first(n, shape, dtype) for t, shape in one.items()} for n, one in shapes.items()}
+        return Active(**arrays, owner=jnp.full(ranks, -1, jnp.int32), scales_bias=jnp.zeros(vectors, bool))
+
+    made: Active = jax.jit(empty, out_shardings=active_shardings(config, layout, targets, ranks, vectors))()
+    return made
 
 
-def _first(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+def _first(name: str, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Array:
     zeros = jnp.zeros(shape, dtype)
-    return zeros if name in "ab" else zeros.at[:, 0].set(1)
+    first = zeros if name in "ab" else zeros.at[:, 0].set(1)
+    return jax.lax.with_sharding_constraint(first, sharding)

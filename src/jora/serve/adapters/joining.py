@@ -9,8 +9,9 @@ Shape legend: L layers, R ranks, S vectors, T targets, n pages, w ranks or vecto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jora.models.config import LINEARS, ModelConfig
-from jora.serve.adapters.active import Active, active_parts, window, windows
+from jora.serve.adapters.active import Active, active_shardings, window, windows
 from jora.serve.adapters.packing import Spec, TargetSpec, elements
 from jora.serve.pages.layout import POOL_AXES, PoolLayout
 from jora.sharding import Layout
@@ -43,11 +44,22 @@ class JoinShape(NamedTuple):
 
 
 class _Program(NamedTuple):
-    """The static part of a join; hashable."""
+    """The static part of a join; hashable. The active set's targets, ranks and vectors stand at the end."""
 
     config: ModelConfig
     layout: Layout
     shape: JoinShape
+    targets: tuple[str, ...]
+    ranks: int
+    vectors: int
+
+    @classmethod
+    def of(cls, active: Active, shape: JoinShape, config: ModelConfig, layout: Layout) -> _Program:
+        return cls(config, layout, shape, _targets(active), active.ranks, active.vectors)
+
+    @property
+    def shardings(self) -> Any:
+        return active_shardings(self.config, self.layout, self.targets, self.ranks, self.vectors)
 
 
 class _Data(NamedTuple):
@@ -83,7 +95,7 @@ def join(
     ids[: len(pages)] = pages
     number, rank, vector = (np.int32(x) for x in place)
     data = _Data(numbers[:, 0], numbers[:, 1], number, rank, vector, np.bool_(spec.scales_bias))
-    return _join(active, pool, ids, data, program=_Program(config, layout, shape))
+    return _joined(_Program.of(active, shape, config, layout))(active, pool, ids, data)
 
 
 def join_shape(active: Active, spec: Spec, config: ModelConfig, layout: Layout, pool_layout: PoolLayout) -> JoinShape:
@@ -109,7 +121,7 @@ def warm_up(active: Active, pool: Array, config: ModelConfig, layout: Layout, po
     nothing = _Data(sizes, sizes, np.int32(0), np.int32(0), np.int32(1), np.bool_(False))
     for shape in join_shapes(active, config, layout, pool_layout):
         ids = np.zeros(shape.pages, np.int32)
-        active = _join(active, pool, ids, nothing, program=_Program(config, layout, shape))
+        active = _joined(_Program.of(active, shape, config, layout))(active, pool, ids, nothing)
     return leave(active, 0)
 
 
@@ -125,47 +137,44 @@ def _targets(active: Active) -> tuple[str, ...]:
     return tuple(target for target in LINEARS if target in active.a or target in active.u)
 
 
-@partial(jax.jit, donate_argnums=0)
-def leave(active: Active, number: Int[Array, ""] | int) -> Active:
-    """`active` (donated) without an adapter: its ranks are nobody's."""
-    owner = jnp.where(active.owner == number, -1, active.owner)
-    return Active(active.a, active.b, active.u, active.v, owner, active.scales_bias)
+def leave(active: Active, number: int) -> Active:
+    """`active` (its owners donated) without an adapter: its ranks are nobody's."""
+    return replace(active, owner=_without(active.owner.sharding)(active.owner, np.int32(number)))
 
 
-@partial(jax.jit, static_argnames="program", donate_argnums=0)
-def _join(active: Active, pool: Array, pages: Int[Array, " n"], data: _Data, *, program: _Program) -> Active:
-    _, layout, _ = program
+@lru_cache(maxsize=64)
+def _without(sharding: Any) -> Callable[[Array, Any], Array]:
+    def without(owner: Int[Array, " R"], number: Int[Array, ""]) -> Int[Array, " R"]:
+        return jnp.where(owner == number, -1, owner)
+
+    return jax.jit(without, donate_argnums=0, out_shardings=sharding)
+
+
+@lru_cache(maxsize=256)
+def _joined(program: _Program) -> Callable[[Active, Array, np.ndarray, _Data], Active]:
     local = partial(_join_local, program=program)
-    if layout.devices == 1:
-        return local(active, pool, pages, data)
-    specs = _specs(active, program)
-    whole = PartitionSpec()
-    joined: Active = jax.shard_map(
-        local,
-        mesh=layout.mesh,
-        in_specs=(specs, layout.spec(POOL_AXES), whole, _Data(*(whole,) * 6)),
-        out_specs=specs,
-        check_vma=False,
-    )(active, pool, pages, data)
-    return joined
-
-
-def _specs(active: Active, program: _Program) -> Any:
-    """How the active set lies on the devices."""
-    found: dict[str, dict[str, PartitionSpec]] = {name: {} for name in "abuv"}
-    for part in active_parts(program.config, _targets(active), active.ranks, active.vectors):
-        found[part.name][part.target] = part.sharding(program.layout).spec
-    return Active(**found, owner=PartitionSpec(), scales_bias=PartitionSpec())  # type: ignore[arg-type]
+    shardings, layout = program.shardings, program.layout
+    if layout.devices > 1:
+        specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+        whole = PartitionSpec()
+        local = jax.shard_map(
+            local,
+            mesh=layout.mesh,
+            in_specs=(specs, layout.spec(POOL_AXES), whole, _Data(*(whole,) * 6)),
+            out_specs=specs,
+            check_vma=False,
+        )
+    return jax.jit(local, donate_argnums=0, out_shardings=shardings)
 
 
 def _join_local(active: Active, pool: Array, pages: Array, data: _Data, *, program: _Program) -> Active:
     """One device's part: its stream is put together from its part of the pages."""
-    _, _, shape = program
+    shape = program.shape
     stream = pool[pages, 0].reshape(-1)
     most, most_products = jnp.max(data.ranks), jnp.max(data.products)
     arrays: dict[str, dict[str, Array]] = {name: dict(getattr(active, name)) for name in "abuv"}
     at = jnp.int32(0)
-    for number, target in enumerate(_targets(active)):
+    for number, target in enumerate(program.targets):
         for name in "abuv":
             if target not in arrays[name]:
                 continue

@@ -68,6 +68,8 @@ class Spec:
                 f"adapter {name}: its {self.products} base products are above {products}, the largest of"
                 " product_buckets"
             )
+        if self.rank and self.products > 1:
+            raise InputError(f"adapter {name}: low-rank factors beside {self.products} base products are not served")
 
 
 def spec_of(served: Served) -> Spec:

@@ -153,7 +153,7 @@ class Executor:
             lengths,
             self._set.numbers(versions),
             tables,
-            Expanded(*map(jnp.asarray, self._set.expanded(versions, products))) if products else None,
+            Expanded(*self._set.expanded(versions, products)) if products else None,
             program=self.program,
         )
         return logits
@@ -170,8 +170,8 @@ class Executor:
         # The window of vectors may begin before the adapter's own, at the end of the set.
         first = place.vector - min(place.vector, self.active.vectors - shape.vectors)
         extra, padding = spec.products - 1, shape.vectors - spec.products
-        vector = jnp.array([*range(first, first + spec.products), *[0] * padding], jnp.int32)
-        return own, place.number, Expanded(vector, jnp.array([0] * extra + [1] * padding, jnp.int32))
+        vector = np.array([*range(first, first + spec.products), *[0] * padding], np.int32)
+        return own, place.number, Expanded(vector, np.array([0] * extra + [1] * padding, np.int32))
 
     def _prefill(self, chunk: Chunk) -> tuple[Float[Array, "1 vocab"], PromptScores | None]:
         sequence = chunk.sequence

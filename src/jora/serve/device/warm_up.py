@@ -53,7 +53,7 @@ def _decode(executor: Executor, size: Size) -> None:
     rows = executor.options.max_batch
     expanded = None
     if size.products:
-        expanded = Expanded(jnp.zeros(rows + size.products, jnp.int32), jnp.full(size.products, rows, jnp.int32))
+        expanded = Expanded(np.zeros(rows + size.products, np.int32), np.full(size.products, rows, np.int32))
     executor.pool, _ = decode(
         executor.model.params,
         executor.new_active(size),
@@ -82,7 +82,7 @@ def _prefill(executor: Executor, size: Size, width: int, shape: PartShape) -> No
 def _prefill_once(executor: Executor, active: Active, width: int, *, soft: bool = False, scored: bool = False) -> None:
     nothing = np.zeros(width, np.int32)
     vectors = active.vectors
-    expanded = Expanded(jnp.zeros(vectors, jnp.int32), jnp.ones(vectors - 1, jnp.int32)) if vectors else None
+    expanded = Expanded(np.zeros(vectors, np.int32), np.ones(vectors - 1, np.int32)) if vectors else None
     executor.pool, _, _ = prefill(
         executor.model.params,
         active,

@@ -156,7 +156,7 @@ class Admission:
         """Give it a row, its adapter and its cached pages, if it fits."""
         version = sequence.adapter
         joins = version is not None and version not in self._batch.versions
-        if not self._has_row() or (joins and not self._can_join(version)):
+        if not self._has_row() or not self._can_activate(version):
             return False
         adapter_pages = self._adapters.pages_needed(version) if version is not None and joins else 0
         if not self._start_if_it_fits(sequence, adapter_pages):
@@ -196,8 +196,9 @@ class Admission:
         sequence.computed = 0
         self._forecast = None
 
-    def _can_join(self, version: AdapterVersion | None) -> bool:
-        return version is None or self._adapters.can_activate(version, self._batch.versions.keys())
+    def _can_activate(self, version: AdapterVersion | None) -> bool:
+        """Whether one more row of the adapter finds room in the active set: base products are counted by row."""
+        return version is None or self._adapters.can_activate(version, list(self._batch.versions.elements()))
 
     def _fits(self, sequence: Sequence, adapter_pages: int) -> bool:
         if self._options.optimistic:
