@@ -37,9 +37,9 @@ QUICK: dict[str, dict[str, Any]] = {
     "all": {"base": "tiny", "batch": 4, "pool_mib": 16, "rounds": 2, "rank_buckets": [32]},
     "floor": {"distinct": [0, 1, 2, 4], "prompt": 16, "steps": 8},
     "trace": {
-        "contestants": ["engine:0", "engine:4", "engine:20", "merged:4", "peft:4"],
+        "contestants": ["engine:4", "engine:20", "merged:4", "peft:4"],
         "requests": 12,
-        "rate": 20.0,
+        "rate": 2000.0,
         "inputs": [4, 24],
         "outputs": [4, 16],
         "limit": 15.0,
@@ -219,6 +219,7 @@ def measure_trace(chosen: argparse.Namespace, directory: Path) -> tuple[dict[str
                 contestant.play(warm_up(trace), f"warm-up-{number}")
                 answers[contestant.name] = contestant.play(trace, f"round-{number}", limit)
                 figures = metrics.summary([one for one in answers[contestant.name] if one.finished], slo)
+                figures["last_arrival"] = trace[-1].time
                 results[contestant.name].append(figures)
                 note(f"round {number + 1}, {contestant.name}: {figures.get('requests_per_s', 0):.2f} requests/s")
             for pair, share in agreements(answers).items():

@@ -26,6 +26,8 @@ _GEMMA = {
     "pad_token_id": 0,
 }
 
+B_SCALE = 0.2  # of B's entries: strong enough that another adapter's answer is another one
+
 
 def _sizes(width: int, mlp: int, layers: int, heads: int, kv_heads: int, head: int, vocab: int) -> dict[str, int]:
     attention = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head}
@@ -49,6 +51,9 @@ BASES: dict[str, dict[str, Any]] = {
 
 def write_base(name: str, directory: Path) -> None:
     """A Hugging Face directory of random fp32 weights in one of the shapes of BASES, every word of it a number."""
+    from dataclasses import replace
+
+    import jax
     import jax.numpy as jnp
 
     from jora.models.families import config_from_hf
@@ -59,7 +64,11 @@ def write_base(name: str, directory: Path) -> None:
 
     hf = BASES[name]
     config, layout = config_from_hf(hf), single_device()
-    save_model(Model(random_params(config, layout, jnp.float32), config, layout, hf, "", {}), directory)
+    params = random_params(config, layout, jnp.float32)
+    if not config.norm_offset:  # norms that multiply by almost nothing would silence the layers, and every adapter
+        norms = jax.tree.map(lambda norm: 1 + norm, params.layers.norms)
+        params = replace(params, layers=replace(params.layers, norms=norms), final_norm=1 + params.final_norm)
+    save_model(Model(params, config, layout, hf, "", {}), directory)
     _write_tokenizer(hf, directory)
 
 
@@ -112,7 +121,7 @@ def _write_adapter(config: Any, base: str, target: Path, rank: int, seed: int) -
             module = f"base_model.model.model.layers.{layer}.{block}.{name}"
             a, b = random.standard_normal((rank, into)), random.standard_normal((out, rank))
             tensors[f"{module}.lora_A.weight"] = (a / np.sqrt(into)).astype(np.float32)
-            tensors[f"{module}.lora_B.weight"] = (0.02 * b).astype(np.float32)
+            tensors[f"{module}.lora_B.weight"] = (B_SCALE * b).astype(np.float32)
     save_file(tensors, target / "adapter_model.safetensors")
     options = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank}
     modules = {"target_modules": list(shapes), "base_model_name_or_path": base, "bias": "none"}

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 ALLOWED = 0.05  # points of the base's step above the floor
+SATURATED = 1.25  # a run that takes less than this times the arrivals' span was held back by them, not by the engine
 
 
 def settings(asked: Mapping[str, Any]) -> str:
@@ -26,14 +27,24 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def floor(report: Mapping[str, Any]) -> str:
     """Decode steps beside their floor."""
-    head = ("distinct adapters", "ms a step (range)", "x base", "floor x base", "bytes", "FLOPs", "above floor", "eta")
+    head = (
+        "distinct adapters",
+        "ms a step (range)",
+        "x base (range)",
+        "floor x base",
+        "bytes",
+        "FLOPs",
+        "above floor",
+        "eta",
+    )
     rows = []
     for step in report["steps"]:
         ratio, floor = median(step["ratios"]), step["floor_ratio"]
         verdict = "met" if ratio - floor <= ALLOWED else "missed"
         eta = step["floor_seconds"] / median(step["seconds"])
         ms = [1e3 * s for s in step["seconds"]]
-        cells = [str(step["distinct"]), f"{median(ms):.2f} ({min(ms):.2f} - {max(ms):.2f})", f"{ratio:.3f}"]
+        apart = f"{ratio:.3f} ({min(step['ratios']):.3f} - {max(step['ratios']):.3f})"
+        cells = [str(step["distinct"]), f"{median(ms):.2f} ({min(ms):.2f} - {max(ms):.2f})", apart]
         cells += [f"{step[name]:.3f}" for name in ("floor_ratio", "bytes_ratio", "flops_ratio")]
         rows.append([*cells, f"{100 * (ratio - floor):+.1f} points ({verdict})", f"{eta:.2f}"])
     speed = report["speed"]
@@ -65,7 +76,20 @@ def trace(report: Mapping[str, Any]) -> str:
         rows.append(cells)
     agreed = "; ".join(f"{pair.replace(' ', ' and ')} {median(v):.2f}" for pair, v in report["agreement"].items())
     text = f"Latencies are p50 / p90 / p99. Share of requests with the same first greedy tokens: {agreed or '-'}."
-    return f"{_table(head, rows)}\n\n{_ratios(rounds)}\n\n{text}"
+    return "\n\n".join([_table(head, rows), _ratios(rounds), text, *_idle(rounds)])
+
+
+def _idle(rounds: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """A warning where throughputs do not say what a contestant can do."""
+    waited = [
+        name
+        for name, runs in rounds.items()
+        if any(run["requests"] and run["seconds"] < SATURATED * run["last_arrival"] for run in runs)
+    ]
+    if not waited:
+        return []
+    text = "were not saturated: they waited for requests, so their throughput is the trace's and no ratio counts"
+    return [f"**{', '.join(waited)} {text}. Raise --rate.**"]
 
 
 def _of(runs: Sequence[Mapping[str, Any]], figure: str, percentile: str, scale: float) -> str:
@@ -102,6 +126,6 @@ def fairness(report: Mapping[str, Any]) -> str:
     text = (
         f"Clients send {sent} requests a minute; the machine serves {60 * report['capacity']:.0f}. Service is 1 an "
         f"input token and 2 an output token; gap: accumulated service, most less least; difference: in windows of "
-        f"{report['window']:.0f} s."
+        f"{report['window']:.3g} s."
     )
     return f"{_table(head, rows)}\n\n{text}"

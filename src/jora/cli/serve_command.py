@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jora.cli.common import ModelOptions, open_model
 from jora.errors import InputError
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from jora.models.model import Model
     from jora.serve.async_engine import AsyncEngine
     from jora.serve.http.auth import Keys
+    from jora.serve.http.backend import Backend
     from jora.serve.http.documents import Retriever
     from jora.serve.http.server import Server
     from jora.serve.memory import Memory
+    from jora.serve.ray.wire import Facts
+    from jora.serve.text.grammar import Grammars
 
 DEMO = "demo"  # a directory of that name is ./demo
 DEMO_RUN = Path("jora-demo") / "run"
@@ -60,10 +63,14 @@ class Options(ModelOptions):
     """Tokens that a page of the cache holds."""
     rank_buckets: tuple[int, ...] = EngineOptions.rank_buckets
     """Total ranks of the adapters that run together, a program each; the largest is the limit."""
-    product_buckets: tuple[int, ...] = EngineOptions.product_buckets
-    """The same for the further base products of fLoRA, DoRA and IA3 adapters; none by default."""
+    product_buckets: tuple[int, ...] | None = EngineOptions.product_buckets
+    """The same for the base products of DoRA, IA3 and fLoRA adapters; by default what those at start need, or none."""
     targets: tuple[str, ...] | None = EngineOptions.targets
     """Linears that adapters may change; by default those that an adapter changes at start, or all."""
+    soft_tokens: int | None = EngineOptions.soft_tokens
+    """Most soft tokens of an adapter (LoPA, prompt tuning); by default what those at start have."""
+    encoders: tuple[str, ...] = ()
+    """Directories or hub ids of encoders that adapters may use for their prompts (LoPA, IDPG), as they name them."""
     scheduler: Literal["vtc", "fcfs"] = "vtc"
     """vtc shares the devices between clients by their weights; fcfs is first come, first served."""
     optimistic: bool = EngineOptions.optimistic
@@ -80,12 +87,17 @@ class Options(ModelOptions):
     """Most GB of adapters in host memory."""
     drain_seconds: float = 30.0
     """After SIGTERM, seconds for running requests to finish."""
+    ray: bool = False
+    """Run the engine in processes of Ray Serve (docs/scale-out.md): here, or on the cluster of RAY_ADDRESS."""
+    replicas: int = 1
+    """With --ray: engines, each with the accelerators of --mesh."""
 
 
 def run(options: Options, reporter: Reporter) -> None:
     """Load, warm up, say what is served, serve."""
     from jora.serve.http.auth import Keys
     from jora.serve.http.run import address_of, listen, serve
+    from jora.serve.text.grammar import Grammars
 
     options = with_demo(options, reporter)
     keys = Keys.load(options.keys, reporter)
@@ -93,10 +105,16 @@ def run(options: Options, reporter: Reporter) -> None:
     if options.keys is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         reporter.note(f"warning: anybody who reaches {options.host} can use this server; --keys FILE names who may")
     with listen(options.host, options.port) as bound:  # before the weights: a port in use should be known at once
+        if options.ray:
+            from jora.cli.serve_ray import serve_replicas
+
+            return serve_replicas(options, engine_options, keys, bound, reporter)
         model = open_model(options, reporter)
-        retriever = None if options.documents is None else open_retriever(options.documents, model, reporter)
+        retriever = None if options.documents is None else open_retriever(options.documents, model.tokenizer, reporter)
         engine, memory = start_engine(model, options, engine_options, reporter)
-        server = make_server(options, model, engine, keys, retriever)
+        facts = facts_of(options, model, memory)
+        grammars = Grammars(model.tokenizer, facts.vocab_size, facts.ends)
+        server = make_server(options, facts, model.tokenizer, grammars, engine, keys, retriever)
         names = [info.name for info in engine.engine.adapters()]
         print("\n".join(told(server, names, memory, address_of(bound))), flush=True)
         from jora.serve.http.app import create_app
@@ -133,14 +151,14 @@ def engine_options_of(options: Options, weights: Mapping[str, float]) -> EngineO
     )
 
 
-def open_retriever(documents: str, model: Model, reporter: Reporter) -> Retriever:
+def open_retriever(documents: str, tokenizer: Any, reporter: Reporter) -> Retriever:
     """What answers chat from an index, or from documents that are indexed now."""
     from jora.data.index import open_index
     from jora.serve.http.documents import Retriever
 
-    index = open_index(documents, model.tokenizer)
+    index = open_index(documents, tokenizer)
     reporter.note(f"{documents}: {len(index.chunks)} chunks of {len(index.sources)} documents")
-    return Retriever(index, model.tokenizer)
+    return Retriever(index, tokenizer)
 
 
 def start_engine(
@@ -149,12 +167,14 @@ def start_engine(
     """The engine, warm and running, and what it does with the memory."""
     from jora.serve import memory
     from jora.serve.adapters.catalogue import Catalogue
+    from jora.serve.adapters.needs import fitted
     from jora.serve.async_engine import AsyncEngine
     from jora.serve.engine import Engine
 
     directory = None if options.adapters is None else Path(options.adapters).expanduser()
-    catalogue = Catalogue(directory, model.config, model.identity)
-    engine_options = memory.with_pool(model, engine_options)
+    catalogue = Catalogue(directory, model.config, model.identity, encoders=options.encoders)
+    adapters = catalogue.infos(lambda name, error: reporter.note(f"warning: {error}"))
+    engine_options = memory.with_pool(model, fitted(engine_options, adapters))
     planned = memory.plan(model, engine_options)
     engine = Engine(model, engine_options, catalogue)
     engine.warm_up(reporter)
@@ -163,20 +183,33 @@ def start_engine(
     return running, planned
 
 
-def make_server(options: Options, model: Model, engine: AsyncEngine, keys: Keys, retriever: Retriever | None) -> Server:
-    """What the app serves."""
+def facts_of(options: Options, model: Model, memory: Memory) -> Facts:
+    """What the app needs to know of the model."""
     from jora.data.chat import Template
     from jora.inference.generate import end_tokens
+    from jora.serve.ray.wire import Facts
+
+    longest = min(options.max_length or model.config.max_positions, model.config.max_positions)
+    return Facts(longest, model.config.vocab_size, end_tokens(model, Template(model.tokenizer)), memory)
+
+
+def make_server(
+    options: Options,
+    facts: Facts,
+    tokenizer: Any,
+    grammars: Grammars,
+    backend: Backend,
+    keys: Keys,
+    retriever: Retriever | None,
+) -> Server:
+    """What the app serves."""
     from jora.serve.http.server import Server
     from jora.serve.http.tokens import Text
-    from jora.serve.text.grammar import Grammars
 
-    ends = end_tokens(model, Template(model.tokenizer))
-    longest = min(options.max_length or model.config.max_positions, model.config.max_positions)
     return Server(
-        backend=engine,
-        text=Text(model.tokenizer, longest, model.config.vocab_size),
-        grammars=Grammars(model.tokenizer, model.config.vocab_size, ends),
+        backend=backend,
+        text=Text(tokenizer, facts.max_length, facts.vocab_size),
+        grammars=grammars,
         model=options.served_model_name or Path(options.model).name,
         keys=keys,
         retriever=retriever,

@@ -231,8 +231,9 @@ def _sigmoid(x: Any) -> Any:
 
 def head(weights: Mapping[str, Array], vector: Float[Array, "b h"]) -> Float[Array, "b *out"]:
     """W2 tanh(W1 e + c1) + c2, fp32."""
-    library = vector.__array_namespace__()
-    inner = library.tanh(vector @ weights["w1"] + weights["c1"])
+    hidden = vector @ weights["w1"] + weights["c1"]
+    library = hidden.__array_namespace__()
+    inner = library.tanh(hidden)
     return library.tensordot(inner, weights["w2"], axes=1) + weights["c2"]
 
 

@@ -26,6 +26,7 @@ class _Reader:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, answers: int):
         self.loop, self.open = loop, answers
+        self.running = set(range(answers))  # answers that have not ended, as the engine's thread knows it
         self._events: dict[int, Event] = {}  # what waits, by answer
         self._there = asyncio.Event()
 
@@ -142,16 +143,24 @@ class AsyncEngine:
 
         def run() -> None:
             try:
+                if self._failure is not None:
+                    raise self._stopped()
                 result = function()
             except BaseException as error:  # not swallowed: the caller gets it
                 loop.call_soon_threadsafe(_set_exception, future, error)
             else:
                 loop.call_soon_threadsafe(_set_result, future, result)
 
-        if self._failure is not None:
-            raise RuntimeError("the engine has stopped after an error") from self._failure
         self._todo.put(run)
+        if self._failure is not None:  # looked at behind `put`: either the thread still finds it, or this does
+            future.cancel()
+            raise self._stopped()
         return await future
+
+    def _stopped(self) -> RuntimeError:
+        error = RuntimeError("the engine has stopped after an error")
+        error.__cause__ = self._failure
+        return error
 
     def _run(self) -> None:
         try:
@@ -161,12 +170,17 @@ class AsyncEngine:
                     self._send(self.engine.step())
         except BaseException as error:
             self._failure = error
-            told = f"the engine failed: {error}"
-            for name, reader in self._readers.items():
-                ended = [Event(name, index, finish="error", error=told) for index in range(reader.open)]
-                for event in ended:
-                    reader.loop.call_soon_threadsafe(reader.put, event)
+            self._end_streams(f"the engine failed: {error}")
+            while not self._todo.empty():  # whoever waits for one of these is told
+                self._todo.get()()
             raise
+
+    def _end_streams(self, error: str) -> None:
+        for name, reader in self._readers.items():
+            for index in reader.running:
+                event = Event(name, index, finish="error", error=error)
+                reader.loop.call_soon_threadsafe(reader.put, event)
+        self._readers.clear()
 
     def _do_waiting(self, block: bool) -> None:
         """Run what callers handed over; `block` waits for the first of it."""
@@ -181,12 +195,13 @@ class AsyncEngine:
     def _send(self, events: list[Event]) -> None:
         for event in events:
             reader = self._readers.get(event.request)
-            if reader is not None:
-                reader.loop.call_soon_threadsafe(reader.put, event)
-        for event in events:
-            reader = self._readers.get(event.request)
-            if event.finish is not None and reader is not None and not self.engine.knows(event.request):
-                del self._readers[event.request]
+            if reader is None:
+                continue
+            reader.loop.call_soon_threadsafe(reader.put, event)
+            if event.finish is not None:
+                reader.running.remove(event.index)
+                if not reader.running:
+                    del self._readers[event.request]
 
 
 def _set_result(future: asyncio.Future[Any], result: Any) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 from jora.data.chat import Template
 from jora.errors import InputError
 from jora.inference.generate import end_tokens
-from jora.models.config import LINEARS
 from jora.models.model import Model
 from jora.reporting import SILENT, Reporter
 from jora.serve import memory
@@ -24,7 +23,9 @@ from jora.serve.adapters.catalogue import Catalogue
 from jora.serve.adapters.describe import AdapterInfo
 from jora.serve.adapters.host_store import HostStore
 from jora.serve.adapters.loading import Limits, Loader
+from jora.serve.adapters.needs import fitted
 from jora.serve.adapters.resident import Resident
+from jora.serve.adapters.soft_prompts import SoftPrompts
 from jora.serve.answers import Answer
 from jora.serve.device.executor import Executor
 from jora.serve.device.results import Pending, Sampled, Scored
@@ -41,14 +42,17 @@ from jora.serve.scheduling.scheduler import Scheduler
 from jora.serve.scheduling.sequence import AdapterVersion, Sequence
 from jora.serve.text.detokenise import Detokeniser
 
+IDLE = 0.001  # s between two looks where there is nothing to compute
+
 
 @dataclass(frozen=True)
 class EngineStats:
     """What the engine is doing; what is counted is counted since its start.
 
     pool_pages: by owner. adapters: how many are "known", in "host" memory, "resident" in the pool. adapter_hits and
-    adapter_misses: requests whose adapter was in host memory or the pool, and those that waited for it. cached_tokens:
-    prompt tokens that the prefix cache had. service: weighted tokens that each client was given.
+    adapter_misses: requests whose adapter was in host memory or the pool, and those that waited for it. adapter_loads,
+    adapter_failures, adapter_load_seconds: loads from disk to host memory, those that failed, the time of all.
+    cached_tokens: prompt tokens that the prefix cache had. service: weighted tokens that each client was given.
     """
 
     waiting: int
@@ -57,6 +61,9 @@ class EngineStats:
     adapters: Mapping[str, int]
     adapter_hits: int
     adapter_misses: int
+    adapter_loads: int
+    adapter_failures: int
+    adapter_load_seconds: float
     preemptions: int
     cached_tokens: int
     service: Mapping[str, float]
@@ -71,6 +78,7 @@ class _Live:
     row: SampleRows
     slot: int | None = None  # as the executor knows it
     scores: list[Logprobs] = field(default_factory=list)
+    soft: np.ndarray | None = None  # its soft prompt [m, d]
 
 
 class Engine:
@@ -93,19 +101,20 @@ class Engine:
         adapters: str | os.PathLike[str] | Catalogue | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        options = memory.with_pool(model, options or EngineOptions())
-        self.model, self.options = model, options
         self.catalogue = _catalogue(adapters, model)
+        options = memory.with_pool(model, fitted(options or EngineOptions(), self.catalogue.infos()))
+        assert options.pool_bytes is not None and options.targets is not None
+        assert options.product_buckets is not None and options.soft_tokens is not None
+        self.model, self.options = model, options
         self.max_length = min(options.max_length or model.config.max_positions, model.config.max_positions)
-        self.targets = options.targets if options.targets is not None else _targets(self.catalogue)
+        self.targets = options.targets
         self.pool_layout = PoolLayout.of(model.config, model.layout, model.dtype, options.page_tokens)
-        assert options.pool_bytes is not None
         self.pages = Pages(_page_count(options.pool_bytes, self.pool_layout))
         self._detokeniser = Detokeniser(model.tokenizer)
         self._ends = end_tokens(model, Template(model.tokenizer))
         self._active_set = active = ActiveSet(options.rank_buckets, options.product_buckets)
         ranks, products = (max(buckets, default=0) for buckets in (options.rank_buckets, options.product_buckets))
-        limits = Limits(self.targets, ranks, products, self.pages.total - 1)
+        limits = Limits(self.targets, ranks, products, options.soft_tokens, self.pages.total - 1)
         self.loader = Loader(self.catalogue, model, self.pool_layout, limits)
         self.host = HostStore(self.loader, options.host_adapters_bytes)
         self.resident = Resident(self.catalogue, self.loader, self.host, self.pages, active, self._retired)
@@ -119,17 +128,26 @@ class Engine:
             self.targets,
             active,
             self.max_length,
-            max((info.prefix_slots for info in self.catalogue.infos()), default=0),
+            options.soft_tokens,
         )
         self._clock = clock
         self._live: dict[Sequence, _Live] = {}
         self._by_request: dict[str, list[Sequence]] = {}
         self._pending: Pending | None = None
+        self._soft_prompts = SoftPrompts(model)
+        self._unprompted: dict[str, None] = {}  # requests whose soft prompt is not known yet
         self._counts: Counter[str] = Counter()
 
     def warm_up(self, reporter: Reporter = SILENT) -> None:
         """Compile every program that serving may need; after this nothing compiles."""
         warm_up(self.executor, self._active_set.sizes(), reporter)
+        if self.options.soft_tokens:
+            self._soft_prompts.warm_up(self.max_length)
+
+    def close(self) -> None:
+        """End its threads, after what they are doing."""
+        self.host.close()
+        self._soft_prompts.close()
 
     @property
     def has_work(self) -> bool:
@@ -153,6 +171,8 @@ class Engine:
         if request.adapter is not None:
             version = self.catalogue.resolve(request.adapter)
             slots = self.loader.described(version).prefix_slots
+            here = self.resident.status(version) in ("host", "resident")
+            self._counts["adapter_hits" if here else "adapter_misses"] += 1
         most = self._max_tokens(request, slots)
         seed = request.sampling.seed
         seed = secrets.randbits(32) if seed is None else seed
@@ -172,7 +192,7 @@ class Engine:
         sampling = request.sampling
         # A soft prompt may depend on the whole prompt, so no other prompt shares what follows it.
         salt = np.asarray(request.prompt, "<i8").tobytes() if slots else b""
-        sequence = Sequence(request, index, version, most, slots, salt)
+        sequence = Sequence(request, index, version, most, slots, salt, ready=not slots)
         ends = (*(() if sampling.ignore_eos else self._ends), *sampling.stop_token_ids)
         row = sample_row(sampling, seed, ends, self.model.config.vocab_size)
         answer = Answer(request, index, self._detokeniser, self._ends, most)
@@ -181,6 +201,8 @@ class Engine:
             self.resident.hold(version)
         self._live[sequence] = _Live(sequence, answer, row)
         self._by_request.setdefault(request.id, []).append(sequence)
+        if slots:
+            self._unprompted[request.id] = None
         return sequence
 
     def _max_tokens(self, request: Request, slots: int) -> int:
@@ -215,6 +237,8 @@ class Engine:
         siblings.remove(sequence)
         if not siblings:
             del self._by_request[sequence.request.id]
+            self._unprompted.pop(sequence.request.id, None)
+            self._soft_prompts.forget(sequence.request.id)
         if sequence.adapter is not None:
             self.resident.release(sequence.adapter)
 
@@ -252,7 +276,7 @@ class Engine:
     def step(self) -> list[Event]:
         """One step; what is new of the step before it."""
         self.resident.retire()
-        events = self._failed_adapters()
+        events = self._failed_adapters() + self._make_soft_prompts()
         plan = self.scheduler.plan()
         self._counts["preemptions"] += len(plan.preempted)
         events += self._left(plan)
@@ -262,17 +286,40 @@ class Engine:
         before, self._pending = self._pending, None
         if before is not None:
             events += self._emit(*before.read())
+        masks, failed = self._masks(plan)
+        events += failed
         alive = [s for s in plan.decode if s in self._live]
         if alive or forward.chunk is not None:
-            rows = {s: self._live[s].row for s in self._stepping(plan, alive)}
-            masks = {s: g.mask() for s in rows if (g := self._live[s].answer.grammar) is not None}
+            rows = {s: self._live[s].row for s in self._stepping(plan)}
             self._pending = self.executor.sample(forward, alive, rows, masks)
+        elif before is None and not plan.admitted:
+            time.sleep(IDLE)  # all that is left waits for an adapter from disk, or for a place
         return events
 
-    @staticmethod
-    def _stepping(plan: Plan, alive: list[Sequence]) -> list[Sequence]:
-        prefilled = plan.prefill
-        return alive if prefilled is None or not prefilled.last else [*alive, prefilled.sequence]
+    def _stepping(self, plan: Plan) -> list[Sequence]:
+        """Those that get a token of this step, unless they have ended meanwhile."""
+        last = plan.prefill.sequence if plan.prefill is not None and plan.prefill.last else None
+        return [s for s in (*plan.decode, last) if s is not None and s in self._live]
+
+    def _masks(self, plan: Plan) -> tuple[dict[Sequence, np.ndarray], list[Event]]:
+        """What grammars allow, and the ends of answers whose grammar has become too complex to go on."""
+        masks, failed = {}, []
+        for sequence in self._stepping(plan):
+            grammar = self._live[sequence].answer.grammar
+            if grammar is not None:
+                try:
+                    masks[sequence] = grammar.mask()
+                except InputError as error:
+                    failed.append(self._fail(sequence, str(error)))
+        return masks, failed
+
+    def _fail(self, sequence: Sequence, error: str) -> Event:
+        """End an answer that cannot go on; the others do."""
+        event = self._live[sequence].answer.end("error", error)
+        sequence.cacheable = False
+        self.scheduler.cancel(sequence)
+        self._forget(sequence)
+        return event
 
     def _left(self, plan: Plan) -> list[Event]:
         """Those that the scheduler has ended, or put back."""
@@ -301,13 +348,27 @@ class Engine:
                 live.scores.clear()
                 live.answer.cached = sequence.cached
                 self._counts["cached_tokens"] += sequence.cached
-            self.executor.start(sequence, live.row, self._soft_prompt(sequence))
+            self.executor.start(sequence, live.row, live.soft)
 
-    def _soft_prompt(self, sequence: Sequence) -> np.ndarray | None:
-        if sequence.adapter is None:
-            return None
-        loaded = self.resident.loaded(sequence.adapter)
-        return loaded.soft_prompt(self.model, sequence.request.prompt)
+    def _make_soft_prompts(self) -> list[Event]:
+        """Those of requests whose adapters are here; the ends of answers for which there is none."""
+        events: list[Event] = []
+        for request in list(self._unprompted):
+            sequences = self._by_request[request]
+            version = sequences[0].adapter
+            loaded = None if version is None else self.resident.find(version)
+            if loaded is None:
+                continue
+            try:
+                found = self._soft_prompts.of(sequences[0].request, loaded)
+            except InputError as error:  # its encoder is missing, or another than it was trained with
+                events += [self._fail(sequence, str(error)) for sequence in sequences[:]]
+                continue
+            if found is not None:
+                del self._unprompted[request]
+                for sequence in sequences:
+                    self._live[sequence].soft, sequence.ready = found, True
+        return events
 
     def _failed_adapters(self) -> list[Event]:
         """Requests whose adapter could not be loaded."""
@@ -318,9 +379,7 @@ class Engine:
             if error is None:
                 continue
             for sequence in [s for s in self._live if s.adapter == version and s.state == "loading"]:
-                events.append(self._live[sequence].answer.end("error", str(error)))
-                self.scheduler.cancel(sequence)
-                self._forget(sequence)
+                events.append(self._fail(sequence, str(error)))
         return events
 
     def _emit(self, scored: list[Scored], sampled: list[Sampled]) -> list[Event]:
@@ -341,7 +400,10 @@ class Engine:
         if not sequence.generated and sequence.request.sampling.prompt_logprobs is not None:
             answer.keep_prompt_logprobs((None, *live.scores))
         self.scheduler.append(sequence, token.token)
-        event = answer.take(token.token, token.logprobs)
+        try:
+            event = answer.take(token.token, token.logprobs)
+        except InputError as error:  # its grammar has become too complex
+            return self._fail(sequence, str(error))
         if answer.finished:
             self.scheduler.finish(sequence)
             self._forget(sequence)
@@ -362,8 +424,11 @@ class Engine:
                 "host": len(self.host),
                 "resident": len(self.resident),
             },
-            adapter_hits=counts.hits,
-            adapter_misses=counts.misses,
+            adapter_hits=self._counts["adapter_hits"],
+            adapter_misses=self._counts["adapter_misses"],
+            adapter_loads=counts.loads,
+            adapter_failures=counts.failures,
+            adapter_load_seconds=counts.seconds,
             preemptions=self._counts["preemptions"],
             cached_tokens=self._counts["cached_tokens"],
             service=dict(self.scheduler.service),
@@ -375,12 +440,6 @@ def _catalogue(adapters: str | os.PathLike[str] | Catalogue | None, model: Model
         return adapters
     directory = None if adapters is None else Path(adapters).expanduser()
     return Catalogue(directory, model.config, model.identity)
-
-
-def _targets(catalogue: Catalogue) -> tuple[str, ...]:
-    """The linears that an adapter of the directory changes; all of them where there is none."""
-    changed = {target for info in catalogue.infos() for target in info.targets}
-    return tuple(target for target in LINEARS if target in changed) or LINEARS
 
 
 def _page_count(pool_bytes: int, layout: PoolLayout) -> int:

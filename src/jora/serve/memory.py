@@ -92,7 +92,7 @@ def weight_bytes(model: Model) -> int:
 
 def active_bytes(config: ModelConfig, layout: Layout, options: EngineOptions, itemsize: int) -> int:
     """Bytes of the active set on one device: A, B of the largest rank bucket and u, v of the largest product bucket."""
-    vectors = max(options.rank_buckets, default=0) + max(options.product_buckets, default=0)
+    vectors = max(options.rank_buckets, default=0) + max(options.product_buckets or (), default=0)
     widths = 0
     for target in LINEARS if options.targets is None else options.targets:
         shape = linear_shape(config, target)
@@ -110,11 +110,13 @@ def steps_bytes(config: ModelConfig, layout: Layout, options: EngineOptions, ite
     """Estimate of what the programs need beside their arguments, on one device.
 
     Sampling: a row's logits, their sorted copy, its probabilities, and counts of prompt's and answer's tokens.
-    Forward: the widest layer of a prefill chunk (or of a decode batch), and queries, keys and values.
+    Forward: the widest layer of a prefill chunk (or of a decode batch), and queries, keys and values. Soft prompts: of
+    a whole batch.
     """
     shards = layout.tensor_shards
     word = np.dtype(np.float32).itemsize
     sampling = options.max_batch * config.padded_vocab * word * 5
     tokens = max(options.chunk, options.max_batch)
     width = 4 * config.embed + 3 * config.mlp // shards + 3 * config.heads * config.head_dim // shards
-    return sampling + tokens * width * (itemsize + word)
+    soft = options.max_batch * (options.soft_tokens or 0) * config.embed * word
+    return sampling + soft + tokens * width * (itemsize + word)

@@ -20,8 +20,10 @@ class EngineOptions:
 
     rank_buckets: total adapter ranks of a decode batch, one program each (0, the base alone, is always there); the
     largest is the most that can run together. product_buckets: the same for the extra base products that fLoRA, DoRA
-    and IA3 rows need; () serves none of those. targets: the linears that adapters may change; None takes all those
-    that an adapter of the directory changes at start, or every linear where it is empty.
+    and IA3 rows need; () serves none of those. targets: the linears that adapters may change. soft_tokens: most of an
+    adapter's soft prompt. These three follow from the directory's adapters at start where they are None: all linears
+    that one changes (every linear where there is none), one bucket with room for four of the adapters with the most
+    products, the longest soft prompt.
 
     scheduler: "vtc" (arXiv 2401.00588) or "fcfs". weights: share of each client, 1 where not named. optimistic: admit
     by what requests need now and preempt when the pool is full, instead of by what they may need at most.
@@ -36,9 +38,10 @@ class EngineOptions:
     max_length: int | None = None
     max_batch: int = 16
     chunk: int = 256
-    rank_buckets: tuple[int, ...] = (32, 128, 512)
-    product_buckets: tuple[int, ...] = ()
+    rank_buckets: tuple[int, ...] = (8, 32, 64, 128, 256, 512)
+    product_buckets: tuple[int, ...] | None = None
     targets: tuple[str, ...] | None = None
+    soft_tokens: int | None = None
     scheduler: Literal["vtc", "fcfs"] = "vtc"
     weights: Mapping[str, float] = field(default_factory=dict)
     optimistic: bool = False
@@ -53,7 +56,7 @@ class EngineOptions:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in ("rank_buckets", "product_buckets"):
-            buckets = getattr(self, name)
+            buckets = getattr(self, name) or ()
             if any(b < 1 for b in buckets) or list(buckets) != sorted(set(buckets)):
                 raise InputError(f"{name} must be rising numbers above 0, found {buckets}")
         if unknown := [t for t in self.targets or () if t not in LINEARS]:

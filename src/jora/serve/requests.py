@@ -85,7 +85,8 @@ class Request:
     """One request: a prompt of tokens for the base or one adapter.
 
     adapter: its name in the adapter store, None for the base. client: whom fairness charges. deadline: on the
-    engine's clock (`time.monotonic`, seconds); later than that the request is ended.
+    engine's clock (`time.monotonic`, seconds); later than that the request is ended. streamed: its events are passed on
+    as they come; an answer that is collected first can be begun anew where its engine is lost.
     """
 
     id: str
@@ -94,6 +95,7 @@ class Request:
     adapter: str | None = None
     client: str = "default"
     deadline: float | None = None
+    streamed: bool = True
 
     def __post_init__(self) -> None:
         if not self.prompt:

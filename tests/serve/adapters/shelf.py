@@ -28,7 +28,7 @@ from jora.serve.pages.allocator import Pages
 from jora.serve.pages.layout import PoolLayout
 from jora.serve.scheduling.sequence import AdapterVersion
 
-LIMITS = Limits(LINEARS, rank=16, products=3, pages=200)
+LIMITS = Limits(LINEARS, rank=16, products=3, soft_tokens=8, pages=200)
 
 
 @functools.cache

@@ -135,7 +135,7 @@ def test_adapters_come_and_go(cases: dict[str, Case]) -> None:
         assert_close(found[-1:], logits(tiny(FAMILY)[0], IDS[len(rows) - 1 : len(rows)]))
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "tensor=4"])
+@pytest.mark.parametrize("mesh", [pytest.param("tensor=2", marks=pytest.mark.slow), "tensor=4"])
 def test_meshes_agree(cases: dict[str, Case], serving: Serving, mesh: str) -> None:
     cut = Serving(cases, mesh)
     cut.update(NAMES)
@@ -185,6 +185,7 @@ def test_nothing_compiles_after_warm_up(cases: dict[str, Case]) -> None:
         compiled.extend([event] if "backend_compile" in event else [])
 
     jax.monitoring.register_event_duration_secs_listener(count)
+    serving.new(serving.set.size)  # as a rebuild does
     for name in NAMES:
         serving.update([name])
     serving.update(NAMES)

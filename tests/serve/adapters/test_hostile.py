@@ -182,9 +182,9 @@ def test_another_name_of_the_base_is_accepted_with_a_warning(adapter: Path) -> N
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        (LIMITS.__class__(("k_proj",), 16, 3, 200), "q_proj"),
-        (LIMITS.__class__(("q_proj",), 1, 3, 200), "rank 2"),
-        (LIMITS.__class__(("q_proj",), 16, 3, 0), "pages"),
+        (LIMITS.__class__(("k_proj",), 16, 3, 8, 200), "q_proj"),
+        (LIMITS.__class__(("q_proj",), 1, 3, 8, 200), "rank 2"),
+        (LIMITS.__class__(("q_proj",), 16, 3, 8, 0), "pages"),
     ],
 )
 def test_what_the_server_was_not_started_for_is_refused(adapter: Path, limits: Limits, message: str) -> None:

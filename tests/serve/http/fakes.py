@@ -50,6 +50,9 @@ class State:
     adapters: Mapping[str, int] = field(default_factory=lambda: {"resident": 1, "host": 1, "known": 2})
     adapter_hits: int = 0
     adapter_misses: int = 0
+    adapter_loads: int = 0
+    adapter_failures: int = 0
+    adapter_load_seconds: float = 0.0
     preemptions: int = 0
     service: Mapping[str, float] = field(default_factory=dict)
 

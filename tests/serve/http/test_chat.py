@@ -9,6 +9,8 @@ import openai
 import pytest
 from tests.serve.http.fakes import FakeEngine, default_script, make_server, served
 
+from jora.data.chat import Template
+
 HELLO: Any = [{"role": "user", "content": "hello"}]
 WEATHER: Any = {
     "type": "function",
@@ -244,10 +246,19 @@ def test_the_refusal_of_an_image_names_it(client: openai.OpenAI, engine: FakeEng
 
 
 def test_a_base_without_a_chat_template() -> None:
+    """It is prompted as an adapter was trained on it; there is no place for tools."""
+    conversation: Any = [{"role": "system", "content": "Be kind."}, *HELLO]
     with served(make_server(template=None)) as running, running.openai() as client:
-        with pytest.raises(openai.BadRequestError, match="/v1/completions"):
-            client.chat.completions.create(model="tiny", messages=HELLO)
-        assert client.completions.create(model="tiny", prompt="a").choices
+        client.chat.completions.create(model="tiny", messages=conversation)
+        tokenizer = running.engine.tokenizer
+        trained = Template(tokenizer).render(conversation, "here", generate=True)
+        assert "Be kind." in trained and trained.endswith("Assistant:")
+        assert tokenizer.decode(running.engine.requests[0].prompt) == trained
+        with pytest.raises(openai.BadRequestError, match="no place for tools"):
+            client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME])
+        with pytest.raises(openai.BadRequestError, match="'start' cannot be set"):
+            extra = {"chat_template_kwargs": {"start": "x"}}
+            client.chat.completions.create(model="tiny", messages=HELLO, extra_body=extra)
 
 
 def test_a_template_without_tools_refuses_them() -> None:

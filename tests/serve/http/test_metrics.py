@@ -23,6 +23,9 @@ def state(**changes):
         "adapters": {"resident": 1, "host": 4, "known": 9},
         "adapter_hits": 7,
         "adapter_misses": 6,
+        "adapter_loads": 5,
+        "adapter_failures": 1,
+        "adapter_load_seconds": 0.25,
         "preemptions": 8,
         "service": {"acme": 12.5},
     }
@@ -44,6 +47,8 @@ def test_the_engine_as_it_is():
     assert found["jora_pool_pages", "adapter"] == 2 and found["jora_pool_pages", "free"] == 5
     assert found["jora_adapters", "known"] == 9
     assert found["jora_adapter_cache_hits_total",] == 7 and found["jora_adapter_cache_misses_total",] == 6
+    assert found["jora_adapter_loads_total",] == 5 and found["jora_adapter_load_failures_total",] == 1
+    assert found["jora_adapter_load_seconds_total",] == 0.25
     assert found["jora_preemptions_total",] == 8
     assert found["jora_client_service_tokens_total", "acme"] == 12.5
     assert found["process_resident_memory_bytes",] > 0
@@ -104,11 +109,11 @@ def test_clients_are_the_first_fifty_and_other():
 
 def test_the_format_is_what_was_asked_for():
     metrics = Metrics()
-    metrics.adapter_load.observe(0.02)
     text, kind = metrics.render("application/openmetrics-text; version=1.0.0", state())
     assert kind.startswith("application/openmetrics-text")
     families = {family.name: family for family in openmetrics(text.decode())}
-    assert families["jora_adapter_load_seconds"].type == "histogram"
+    assert families["jora_adapter_load_seconds"].type == "counter"
+    assert families["jora_time_to_first_token_seconds"].type == "histogram"
     assert families["jora_requests"].type == "counter"
     _, kind = metrics.render("text/html, */*", state())
     assert kind.startswith("text/plain")

@@ -79,7 +79,7 @@ def test_a_full_queue(client: openai.OpenAI, engine: FakeEngine, stream: bool) -
         client.completions.create(model="tiny", prompt="a", stream=stream)
 
 
-@pytest.mark.parametrize(("ends", "status"), [("deadline", 504), ("error", 500), ("cancelled", 503)])
+@pytest.mark.parametrize(("ends", "status"), [("deadline", 504), ("error", 400), ("cancelled", 503)])
 def test_an_answer_that_the_engine_ends(
     client: openai.OpenAI, engine: FakeEngine, ends: FinishReason, status: int
 ) -> None:
@@ -89,6 +89,13 @@ def test_an_answer_that_the_engine_ends(
     assert caught.value.status_code == status
     with pytest.raises(openai.APIError, match=caught.value.body["message"]):  # type: ignore[index]
         list(client.completions.create(model="tiny", prompt="a", max_tokens=100, stream=True))
+
+
+def test_the_end_of_the_engine_is_not_the_requests_fault(engine: FakeEngine, http: httpx.Client) -> None:
+    engine.ends, engine.failure = "error", RuntimeError("secret")
+    response = http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 500})
+    assert is_error(response, 500)["code"] == "engine_failed" and "secret" not in response.text
+    is_error(http.get("/health"), 503)
 
 
 def test_a_bug_in_the_engine_is_an_error_without_details(engine: FakeEngine, http: httpx.Client) -> None:

@@ -13,7 +13,7 @@ Shape legend: L layers, b rows, s tokens, R ranks, S vectors (1 + base products)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -85,7 +85,9 @@ class ActiveProjection:
             over = mesh_axes(layout.spec(cut, weight.shape)[: dense.inputs]) if layout.devices > 1 else ()
             axes = ((None, None, *into), cut, (None, *into), (None, *out), (None,))
             shape = (*x.shape[:2], *weight.shape[dense.inputs :])
-            return on_shards(partial(_sum, over=over), layout, (x, weight, u, v, row), axes, (None, None, *out), shape)
+            return on_shards(
+                partial(_sum, over=over), layout, (x, weight, u, v, jnp.asarray(row)), axes, (None, None, *out), shape
+            )
 
         y = dense.with_weight(product, x, u, v)
         if dense.bias is None:
@@ -165,22 +167,27 @@ class PartShape(NamedTuple):
 
 @partial(jax.jit, static_argnames="shape")
 def part(active: Active, rank: Int[Array, ""] | int, vector: Int[Array, ""] | int, *, shape: PartShape) -> Active:
-    """Windows of an active set, from these on: what prefill needs of it. A window at the end begins earlier."""
+    """Windows of an active set, from these on: what prefill needs of it.
 
-    def window_of(factors: Mapping[str, Array], start: Array | int, size: int) -> dict[str, Array]:
-        sliced = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
-        return {target: sliced(x) for target, x in factors.items()} if size else {}
+    A window at the end of the set begins earlier; of a set that is smaller, all of it is taken and filled up.
+    """
 
-    def numbers(x: Array, start: Array | int, size: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, start, size) if size else x[:0]
+    def window_of(x: Array, start: Array | int, size: int, axis: int, filler: int = 0) -> Array:
+        own = min(size, x.shape[axis])
+        taken = jax.lax.dynamic_slice_in_dim(x, start, own, axis)
+        widths = [(0, size - own if dimension == axis else 0) for dimension in range(x.ndim)]
+        return jnp.pad(taken, widths, constant_values=filler)
+
+    def factors(stacks: Mapping[str, Array], start: Array | int, size: int) -> dict[str, Array]:
+        return {target: window_of(x, start, size, 1) for target, x in stacks.items()} if size else {}
 
     return Active(
-        window_of(active.a, rank, shape.ranks),
-        window_of(active.b, rank, shape.ranks),
-        window_of(active.u, vector, shape.vectors),
-        window_of(active.v, vector, shape.vectors),
-        numbers(active.owner, rank, shape.ranks),
-        numbers(active.scales_bias, vector, shape.vectors),
+        factors(active.a, rank, shape.ranks),
+        factors(active.b, rank, shape.ranks),
+        factors(active.u, vector, shape.vectors),
+        factors(active.v, vector, shape.vectors),
+        window_of(active.owner, rank, shape.ranks, 0, filler=-1),
+        window_of(active.scales_bias, vector, shape.vectors, 0),
     )
 
 
@@ -220,20 +227,21 @@ def new_active(
     config: ModelConfig, layout: Layout, targets: tuple[str, ...], ranks: int, products: int, dtype: Any
 ) -> Active:
     """An empty active set for so many ranks and base products in all, cut as training's factors are."""
-    vectors = 1 + products if products else 0
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in "abuv"}
-    for part in active_parts(config, targets, ranks, vectors):
-        shapes[part.name][part.target] = part.shape
-
-    def empty() -> Active:
-        arrays = {n: {t: _first(n, shape, dtype) for t, shape in one.items()} for n, one in shapes.items()}
-        return Active(**arrays, owner=jnp.full(ranks, -1, jnp.int32), scales_bias=jnp.zeros(vectors, bool))
-
-    made: Active = jax.jit(empty, out_shardings=active_shardings(config, layout, targets, ranks, vectors))()
+    made: Active = _empty(config, layout, targets, ranks, 1 + products if products else 0, jnp.dtype(dtype))()
     return made
 
 
-def _first(name: str, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Array:
-    zeros = jnp.zeros(shape, dtype)
-    first = zeros if name in "ab" else zeros.at[:, 0].set(1)
-    return jax.lax.with_sharding_constraint(first, sharding)
+@lru_cache(maxsize=64)
+def _empty(
+    config: ModelConfig, layout: Layout, targets: tuple[str, ...], ranks: int, vectors: int, dtype: np.dtype[Any]
+) -> Callable[[], Active]:
+    """A program kept, so that a set may be made anew without compiling."""
+
+    def empty() -> Active:
+        arrays: dict[str, dict[str, Array]] = {name: {} for name in "abuv"}
+        for part in active_parts(config, targets, ranks, vectors):
+            zeros = jnp.zeros(part.shape, dtype)
+            arrays[part.name][part.target] = zeros if part.name in "ab" else zeros.at[:, 0].set(1)
+        return Active(**arrays, owner=jnp.full(ranks, -1, jnp.int32), scales_bias=jnp.zeros(vectors, bool))
+
+    return jax.jit(empty, out_shardings=active_shardings(config, layout, targets, ranks, vectors))

@@ -27,18 +27,24 @@ class Catalogue:
     """Names and versions; safe to use from several threads.
 
     directory: what is served by name, None for nothing. also: further directories that `candidate` may read from.
-    config and identity are the base's. A version that its name no longer stands for stays known until `forget`.
+    config and identity are the base's. encoders: paths and hub ids that adapters may name as the encoder of their
+    prompts. A version that its name no longer stands for stays known until `forget`.
     """
 
     def __init__(
-        self, directory: Path | None, config: ModelConfig, identity: Mapping[str, str], also: Sequence[Path] = ()
+        self,
+        directory: Path | None,
+        config: ModelConfig,
+        identity: Mapping[str, str],
+        also: Sequence[Path] = (),
+        encoders: Sequence[str] = (),
     ):
         roots = [directory, *also] if directory is not None else list(also)
         if missing := [root for root in roots if not root.is_dir()]:
             raise InputError(f"{missing[0]}: no such directory; make it, or name the one that holds the adapters")
         self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
         self._directory = self._roots[0] if directory is not None else None
-        self._config, self._identity = config, identity
+        self._config, self._identity, self._encoders = config, identity, tuple(encoders)
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)  # of all names: a name that comes back never gets an old number
         self._entries: dict[AdapterVersion, Entry] = {}
@@ -173,7 +179,7 @@ class Catalogue:
         """What a version is, from its config, which is read once. Raises InputError as `describe` does."""
         entry = self.entry(version)
         if (info := self._infos.get(version)) is None:
-            info = describe(entry, self._config, self._identity)
+            info = describe(entry, self._config, self._identity, self._encoders)
             with self._lock:
                 if version in self._entries:
                     self._infos[version] = info

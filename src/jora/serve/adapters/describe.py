@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from jora.errors import InputError
 from jora.methods import registry
 from jora.methods.flora import FLoRA
+from jora.methods.lopa import BASE
 from jora.methods.lora import LoRA
 from jora.methods.nola import NOLA
 from jora.methods.peft.lora import from_peft
@@ -70,8 +71,13 @@ class AdapterInfo:
         return tuple(each.target for each in self.spec.targets)
 
 
-def describe(entry: Entry, config: ModelConfig, identity: Mapping[str, str]) -> AdapterInfo:
-    """Read an adapter's config. Raises InputError for one that is broken, hostile, or for another base."""
+def describe(
+    entry: Entry, config: ModelConfig, identity: Mapping[str, str], encoders: Collection[str] = ()
+) -> AdapterInfo:
+    """Read an adapter's config. encoders: what it may name as the encoder of its prompts, beside the base.
+
+    Raises InputError for one that is broken, hostile, or for another base.
+    """
     present = {file.name for file in entry.files}
     own, peft = (
         read_config(entry.path / name, f"{entry.where}: {name}") if name in present else {}
@@ -83,7 +89,7 @@ def describe(entry: Entry, config: ModelConfig, identity: Mapping[str, str]) -> 
         raise InputError(f"{entry.where}: the base that it records is no name and fingerprint")
     warning = check_base(recorded, named, identity, entry.where)
     try:
-        kind, spec, slots = _own(own, config) if "method" in own else _peft(_plain(peft), config)
+        kind, spec, slots = _own(own, config, encoders) if "method" in own else _peft(_plain(peft), config)
     except InputError as error:
         raise InputError(f"{entry.where}: {error}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a list for a number, and so on
@@ -129,7 +135,7 @@ def _peft(text: str, config: ModelConfig) -> Parts:
     return "vera", _spec("vera", dict.fromkeys(targets, rank), 0), 0
 
 
-def _own(own: Mapping[str, Any], config: ModelConfig) -> Parts:
+def _own(own: Mapping[str, Any], config: ModelConfig, encoders: Collection[str]) -> Parts:
     name = str(own["method"])
     if name not in registry.names():
         raise InputError(f"{OWN_CONFIG}: method {name!r} is not known; import the module that registers it first")
@@ -141,6 +147,10 @@ def _own(own: Mapping[str, Any], config: ModelConfig) -> Parts:
         return name, _spec(name, _ranks(method, config), 0), 0
     if isinstance(method, FLoRA):
         return name, _spec(name, dict.fromkeys(method.masks(config), 0), method.rank), 0
+    # It would be opened, and perhaps fetched: a path or hub id that an adapter's maker chose.
+    encoder = getattr(method, "encoder", BASE)
+    if encoder != BASE and encoder not in encoders:
+        raise InputError(f"its encoder {str(encoder)[:100]!r} is none that this server was started with (--encoders)")
     return name, Spec(), method.prompt_slots
 
 

@@ -87,6 +87,8 @@ def join(
     pool_layout: PoolLayout,
 ) -> Active:
     """`active` (donated) with one adapter copied from its pages of the pool; other adapters' ranks stay."""
+    if not spec.targets:  # a soft prompt alone
+        return active
     shape = join_shape(active, spec, config, layout, pool_layout)
     by_target = {each.target: each for each in spec.targets}
     sizes = [by_target.get(target, TargetSpec(target, 0, 0)) for target in _targets(active)]

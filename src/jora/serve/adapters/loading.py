@@ -36,11 +36,12 @@ _DENSEST = 2  # numbers in a byte of a file
 
 @dataclass(frozen=True)
 class Limits:
-    """What an adapter may need: linears that may be changed, ranks, base products and pages of the pool."""
+    """What an adapter may need: linears that may be changed, ranks, base products, soft tokens, pages of the pool."""
 
     targets: tuple[str, ...]
     rank: int
     products: int
+    soft_tokens: int
     pages: int
 
 
@@ -65,10 +66,9 @@ class Loaded:
         """Host memory that it takes."""
         return self.other_bytes + (0 if self.blocks is None else self.blocks.nbytes)
 
-    def soft_prompt(self, model: Model, prompt: Sequence[int]) -> Float32[np.ndarray, "m d"] | None:
-        """What stands in front of this prompt (tokens); None where the method has no soft tokens."""
-        if self.served.prefix is None:
-            return None
+    def soft_prompt(self, model: Model, prompt: Sequence[int]) -> Float32[np.ndarray, "m d"]:
+        """What stands in front of this prompt (tokens), of a method that has soft tokens."""
+        assert self.served.prefix is not None
         vectors = self.method.instances(model, [prompt])
         return self.served.prefix(None if vectors is None else vectors[0])
 
@@ -88,6 +88,11 @@ class Loader:
         """What the adapter is. Raises InputError where its config already says that it cannot be served."""
         info = self._catalogue.info(version)
         self._check(info.spec, version)
+        if info.prefix_slots > self._limits.soft_tokens:
+            raise InputError(
+                f"adapter {version.name!r}: {info.prefix_slots} soft tokens, but the server was started for"
+                f" {self._limits.soft_tokens}; raise soft_tokens"
+            )
         return info
 
     def pages(self, spec: Spec) -> int:

@@ -77,9 +77,7 @@ class Resident:
 
     def spec(self, version: AdapterVersion) -> Spec:
         """Its ranks and base products. Raises InputError for one that cannot be served."""
-        if (resident := self._resident.get(version)) is not None:
-            return resident.loaded.spec
-        loaded = self._host.peek(version)
+        loaded = self.find(version)
         return self._loader.described(version).spec if loaded is None else loaded.spec
 
     def pages_needed(self, version: AdapterVersion) -> int:
@@ -115,9 +113,10 @@ class Resident:
         """The pages of a resident adapter, in the stream's order."""
         return self._resident[version].pages
 
-    def loaded(self, version: AdapterVersion) -> Loaded:
-        """A resident adapter's soft tokens, method and sizes."""
-        return self._resident[version].loaded
+    def find(self, version: AdapterVersion) -> Loaded | None:
+        """The adapter where it is in the pool or in host memory."""
+        resident = self._resident.get(version)
+        return self._host.peek(version) if resident is None else resident.loaded
 
     def pin(self, version: AdapterVersion) -> None:
         """A running sequence uses it: it cannot be evicted."""

@@ -168,7 +168,7 @@ class Executor:
         if not shape.vectors:
             return own, place.number, None
         # The window of vectors may begin before the adapter's own, at the end of the set.
-        first = place.vector - min(place.vector, self.active.vectors - shape.vectors)
+        first = place.vector - min(place.vector, max(0, self.active.vectors - shape.vectors))
         extra, padding = spec.products - 1, shape.vectors - spec.products
         vector = np.array([*range(first, first + spec.products), *[0] * padding], np.int32)
         return own, place.number, Expanded(vector, np.array([0] * extra + [1] * padding, np.int32))
@@ -298,8 +298,8 @@ def part_shapes(options: EngineOptions) -> tuple[PartShape, ...]:
 
     Low-rank factors come with one base product at most (DoRA), several (fLoRA) without them: see `Spec.check`.
     """
-    ranks = (0, *sorted({width for bucket in options.rank_buckets for width in windows(bucket)}))
-    vectors = sorted({width for bucket in options.product_buckets for width in windows(bucket)})
+    ranks = (0, *windows(max(options.rank_buckets, default=0)))
+    vectors = windows(max(options.product_buckets or (), default=0))
     alone = [PartShape(each, 0) for each in ranks]
     scaled = [PartShape(each, 1) for each in ranks] + [PartShape(0, each) for each in vectors if each > 1]
     return (*alone, *(scaled if vectors else ()))

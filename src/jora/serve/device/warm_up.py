@@ -45,7 +45,7 @@ def _adapters(executor: Executor, size: Size) -> None:
     if size.ranks or size.products:
         active = joining.warm_up(active, executor.pool, executor.model.config, layout, pool_layout)
     for shape in part_shapes(executor.options):
-        if shape.ranks <= active.ranks and shape.vectors <= active.vectors:
+        if not shape.vectors or active.vectors:
             part(active, np.int32(0), np.int32(0), shape=shape)
 
 

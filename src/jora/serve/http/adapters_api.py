@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -24,7 +25,9 @@ def router(server: Server) -> APIRouter:
         return ModelCard(**_card(server, server.model), root=server.model, parent=None)
 
     def card(info: AdapterInfo) -> ModelCard:
-        found = ModelCard(**_card(server, info.name), root=str(info.path), parent=server.model, method=info.method)
+        found = ModelCard(
+            **_card(server, info.name), root=PurePath(info.path).name, parent=server.model, method=info.method
+        )
         found.rank = info.rank
         return found
 

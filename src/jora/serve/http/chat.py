@@ -44,6 +44,8 @@ from jora.serve.http.tools import (
 )
 from jora.serve.requests import Event, Logprobs
 
+ANSWER_TOKENS = 256  # that documents leave to an answer whose request does not say
+
 
 class _Call:
     """One request of the endpoint: how its answers are read and written."""
@@ -215,8 +217,9 @@ def _filled(server: Server, body: ChatRequest) -> Filled:
     messages = plain_messages(body.messages)
     if server.retriever is None:
         return Filled(messages)
-    wanted = body.max_completion_tokens or body.max_tokens or 1
-    return server.retriever.fill(messages, max(1, server.text.max_length - wanted))
+    longest = server.text.max_length
+    wanted = body.max_completion_tokens or body.max_tokens or min(ANSWER_TOKENS, longest // 2)
+    return server.retriever.fill(messages, max(1, longest - wanted))
 
 
 def prompt_text(renderer: Renderer, body: ChatRequest, filled: Filled) -> str:
@@ -245,7 +248,7 @@ def router(server: Server) -> APIRouter:
             grammar=await server.grammar(structure),
             vocab_size=server.text.vocab_size,
         )
-        feed = server.feed(caller, [call.prompt], sampling)
+        feed = server.feed(caller, [call.prompt], sampling, stream)
         return await respond(http, feed, (lambda: call.chunks(feed)) if stream else None, lambda: call.whole(feed))
 
     return routes

@@ -143,7 +143,7 @@ def router(server: Server) -> APIRouter:
         _check(body)
         call = _Call(server, body, caller, *await _prompts(server, body))
         grammar = await server.grammar(fields.structure(body, body.response_format))
-        feed = server.feed(caller, call.prompts, _sampling(call, grammar))
+        feed = server.feed(caller, call.prompts, _sampling(call, grammar), stream)
         return await respond(http, feed, (lambda: call.chunks(feed)) if stream else None, lambda: call.whole(feed))
 
     return routes

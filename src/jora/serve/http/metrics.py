@@ -28,7 +28,6 @@ _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 _WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 _BAD = ("cancelled", "deadline", "error")  # ways to finish
-_LOAD = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class EngineState(Protocol):
@@ -52,6 +51,12 @@ class EngineState(Protocol):
     def adapter_hits(self) -> int: ...
     @property
     def adapter_misses(self) -> int: ...
+    @property
+    def adapter_loads(self) -> int: ...
+    @property
+    def adapter_failures(self) -> int: ...
+    @property
+    def adapter_load_seconds(self) -> float: ...
     @property
     def preemptions(self) -> int: ...
     @property
@@ -93,6 +98,11 @@ class _EngineCollector(Collector):
         hits, misses = state.adapter_hits, state.adapter_misses
         yield CounterMetricFamily("jora_adapter_cache_hits", "Requests whose adapter was in memory.", hits)
         yield CounterMetricFamily("jora_adapter_cache_misses", "Requests that waited for their adapter.", misses)
+        loads, seconds = state.adapter_loads, state.adapter_load_seconds
+        yield CounterMetricFamily("jora_adapter_loads", "Adapters loaded from disk to host memory.", loads)
+        yield CounterMetricFamily("jora_adapter_load_seconds", "Time that loading took, with validation.", seconds)
+        failures = state.adapter_failures
+        yield CounterMetricFamily("jora_adapter_load_failures", "Adapters that could not be loaded.", failures)
         yield CounterMetricFamily(
             "jora_preemptions", "Sequences that were put back to be recomputed.", state.preemptions
         )
@@ -135,7 +145,6 @@ class Metrics:
         self.first_token = histogram("jora_time_to_first_token_seconds", "Request to first token.", _FIRST_TOKEN)
         self.per_token = histogram("jora_time_per_output_token_seconds", "Mean after the first token.", _PER_TOKEN)
         self.whole = histogram("jora_request_seconds", "Request to the end of its answers.", _WHOLE)
-        self.adapter_load = histogram("jora_adapter_load_seconds", "Disk to host memory, with validation.", _LOAD)
 
     @contextmanager
     def request(self, client: str) -> Iterator[Observed]:
@@ -203,5 +212,5 @@ class Observed:
             self.outcome = event.finish
 
     def paces(self) -> list[float]:
-        """Seconds a token after the first, of every answer with more than one."""
-        return [(last - first) / (count - 1) for first, last, count in self._answers.values() if count > 1]
+        """Seconds a token after the first, of every answer whose tokens did not come all at once."""
+        return [(last - first) / (count - 1) for first, last, count in self._answers.values() if last > first]

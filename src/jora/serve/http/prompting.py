@@ -1,4 +1,4 @@
-"""A conversation as the model's own chat template writes it."""
+"""A conversation as the model's chat template writes it; of a model that has none, as training wrote it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
-from jora.data.chat import PINNED
+from jora.data.chat import PINNED, Template
 from jora.serve.http.errors import invalid
 from jora.serve.http.schemas import ChatMessage, Conversation
 
@@ -57,17 +57,21 @@ def plain_tools(body: Conversation) -> list[dict[str, Any]] | None:
 
 
 class Renderer:
-    """Renders conversations. A tokenizer without a chat template renders none: its model knows no turns."""
+    """Renders conversations. Raises InputError for a tokenizer that `Template` refuses."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.has_template = bool(getattr(tokenizer, "chat_template", None))
-        self.is_mistral = "[TOOL_CALLS]" in str(getattr(tokenizer, "chat_template", None))
+        template = Template(tokenizer)
+        self.is_mistral = "[TOOL_CALLS]" in template.text
+        self._fixed: dict[str, Any] = {}
+        if template.is_default:
+            self._fixed = {"chat_template": template.text, "start": tokenizer.bos_token if template.adds_bos else ""}
         # What a request may not set: it would change how a template is applied, not what it is told.
-        self._reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "tools"}
+        parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._reserved = {*parameters, *self._fixed, "messages", "tools"}
 
     def takes_tools(self) -> bool:
-        return "tools" in self.tokenizer.get_chat_template(tools=[{}])
+        return not self._fixed and "tools" in self.tokenizer.get_chat_template(tools=[{}])
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, body: Conversation) -> str:
         """The prompt's text. Raises `ApiError` 400 for what the template refuses."""
@@ -81,17 +85,13 @@ class Renderer:
                 tokenize=False,
                 add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
                 continue_final_message=body.continue_final_message,
-                **{**PINNED, **(body.chat_template_kwargs or {})},
+                **{**PINNED, **(body.chat_template_kwargs or {}), **self._fixed},
             )
         except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
             text = " ".join(str(error).split())
             raise invalid(f"the model's chat template refuses this conversation: {text}", "messages") from None
 
     def _check(self, tools: list[dict[str, Any]] | None, body: Conversation) -> None:
-        if not self.has_template:
-            raise invalid(
-                "this model has no chat template: use /v1/completions with a prompt as it was trained on", "model"
-            )
         if tools and not self.takes_tools():
             raise invalid("the model's chat template has no place for tools", "tools", "unsupported_parameter")
         for name in body.chat_template_kwargs or ():

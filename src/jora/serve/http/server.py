@@ -92,10 +92,12 @@ class Server:
         except InputError as error:
             raise invalid(f"{structure.param}: {error}", structure.param) from None
 
-    def feed(self, caller: Caller, prompts: Sequence[tuple[int, ...]], sampling: SamplingOptions) -> Feed:
+    def feed(
+        self, caller: Caller, prompts: Sequence[tuple[int, ...]], sampling: SamplingOptions, streamed: bool
+    ) -> Feed:
         """Start the engine's requests of one HTTP request."""
         requests = [
-            Request(uuid.uuid4().hex, prompt, sampling, caller.adapter, caller.client.name, caller.deadline)
+            Request(uuid.uuid4().hex, prompt, sampling, caller.adapter, caller.client.name, caller.deadline, streamed)
             for prompt in prompts
         ]
         return Feed(self.backend, self.metrics, requests)

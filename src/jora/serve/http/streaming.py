@@ -26,10 +26,10 @@ from jora.serve.requests import Event, Request
 
 Result = TypeVar("Result")
 WAITING_EVENTS = 64  # of one response, beside those that the engine holds
-_ENDINGS = {
+_ENDINGS: dict[str | None, tuple[int, str, str]] = {
     "deadline": (504, "the request did not end within its time limit", "deadline_exceeded"),
     "cancelled": (503, "the request was cancelled by the server", "cancelled"),
-    "error": (500, "the engine failed on this request", "engine_error"),
+    "error": (400, "the engine cannot serve this request", "request_failed"),
 }
 
 
@@ -51,13 +51,19 @@ class Feed:
                     async for event in events:
                         observe(event)
                         if event.finish in _ENDINGS:
-                            status, message, code = _ENDINGS[event.finish]
-                            raise ApiError(status, event.error or message, code=code)
+                            raise self._ending(event)
                         await self._queue.put((position, event))
         except Exception as error:  # not swallowed: the reader raises it
             await self._queue.put(error)
         else:
             await self._queue.put(None)
+
+    def _ending(self, event: Event) -> ApiError:
+        """An answer that the engine ended. Unless all of it failed, an error is of the request or its adapter."""
+        if self._backend.failure is not None:
+            return ApiError(500, "the engine has stopped after an error; see the log", code="engine_failed")
+        status, message, code = _ENDINGS[event.finish]
+        return ApiError(status, event.error or message, code=code)
 
     async def begun(self) -> None:
         """Wait for the first event; raises what the engine raised in its place."""

@@ -135,6 +135,9 @@ class Admission:
                     self._adapters.request(version)
                 sequence.state = "loading"
                 return False
+        if not sequence.ready:
+            sequence.state = "loading"
+            return False
         sequence.state = "waiting"
         return not self._is_being_computed(sequence)
 

@@ -50,6 +50,7 @@ class Sequence:
     order: int | None = None  # its number among admissions; preemption keeps it
     epoch: int = 0
     keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of its leading full blocks
+    ready: bool = True  # False while its soft prompt is being made
     cacheable: bool = True  # False once its adapter is unloaded: nothing may hit its blocks
     overtaken: int = 0  # requests of running adapters that went before it (clustering)
 
