@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jora import serve
     from jora.errors import InputError
     from jora.inference.evaluate import evaluate
     from jora.inference.generate import generate
@@ -88,12 +89,15 @@ __all__ = [
     "register_method",
     "save_adapter",
     "save_residual",
+    "serve",
     "train",
     "train_many",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "serve":
+        return importlib.import_module("jora.serve")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'jora' has no attribute {name!r}")

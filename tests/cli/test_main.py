@@ -49,7 +49,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, words):
 
 
 @pytest.mark.parametrize(
-    "code", ["import jora", "import jora.cli.main as m; m.run(['--help'])", "import jora.reporting"]
+    "code",
+    [
+        "import jora; jora.serve",
+        "import jora.cli.main as m; m.run(['--help'])",
+        "import jora.reporting",
+    ],
 )
 def test_jax_is_not_imported(code):
     check = "import sys; heavy = {'jax', 'transformers', 'torch', 'numpy'} & set(sys.modules); assert not heavy, heavy"
@@ -58,10 +63,11 @@ def test_jax_is_not_imported(code):
 
 
 def test_every_public_name_is_found():
-    for name in jora.__all__:
-        assert getattr(jora, name) is not None
-    with pytest.raises(AttributeError, match="no_such_name"):
-        _ = jora.no_such_name
+    for package in (jora, jora.serve):
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+        with pytest.raises(AttributeError, match="no_such_name"):
+            _ = package.no_such_name
 
 
 @pytest.mark.parametrize("name", COMMANDS)

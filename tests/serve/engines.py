@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -79,10 +80,24 @@ def ask(name: str, tokens: Sequence[int], adapter: str | None = None, **options:
 def step(engine: Engine) -> list[Event]:
     """One step, after which the books are checked. Waits a moment where adapters are still on their way."""
     events = engine.step()
-    engine.scheduler.check()
+    check(engine)
     if engine.has_work and not events and not engine.scheduler.running_count:
         time.sleep(0.001)
     return events
+
+
+def check(engine: Engine) -> None:
+    """AssertionError unless every page, row, pin and hold is accounted for."""
+    engine.scheduler.check()
+    resident = engine.resident
+    for version, (pages, _) in resident._resident.items():
+        assert engine.pages.owned(("adapter", version)) == len(pages)
+    owned = sum(len(pages) for pages, _ in resident._resident.values())
+    assert owned + engine.pages.owned(BALLAST) == engine.pages.by_kind()["adapter"], "an adapter's pages are lost"
+    idle = sum(len(pages) for version, (pages, _) in resident._resident.items() if version not in resident._pinned)
+    assert idle == resident.evictable_pages()
+    assert resident._pinned == set(engine.scheduler._batch.versions)
+    assert resident._holds == Counter(s.adapter for s in engine._live if s.adapter is not None)
 
 
 def run(engine: Engine, *requests: Request) -> dict[str, list[Event]]:
@@ -97,12 +112,11 @@ def run(engine: Engine, *requests: Request) -> dict[str, list[Event]]:
 
 
 def no_adapter_is_left(engine: Engine) -> None:
-    """Where all were unloaded and nothing runs: no page, no host memory, no version that is still known."""
-    engine.scheduler.check()
+    """Where all were unloaded and nothing runs: no page, no host memory."""
+    check(engine)
     pages = engine.stats().pool_pages
     assert (pages["kv"], pages["adapter"] - engine.pages.owned(BALLAST)) == (0, 0)
     assert (len(engine.host), engine.host.nbytes, len(engine.resident)) == (0, 0, 0)
-    assert not engine.catalogue._entries and not engine.resident._holds
 
 
 def tokens(events: Sequence[Event], index: int = 0) -> list[int]:

@@ -15,8 +15,9 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
 from jora.serve.adapters.describe import AdapterInfo
-from jora.serve.engine import Engine, EngineStats
+from jora.serve.engine import Engine
 from jora.serve.requests import Event, Request
+from jora.serve.stats import EngineStats
 
 Result = TypeVar("Result")
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,33 +40,10 @@ from jora.serve.requests import Event, Logprobs, Request
 from jora.serve.scheduling.plan import Plan
 from jora.serve.scheduling.scheduler import Scheduler
 from jora.serve.scheduling.sequence import AdapterVersion, Sequence
+from jora.serve.stats import EngineStats
 from jora.serve.text.detokenise import Detokeniser
 
 IDLE = 0.001  # s between two looks where there is nothing to compute
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine is doing; what is counted is counted since its start.
-
-    pool_pages: by owner. adapters: how many are "known", in "host" memory, "resident" in the pool. adapter_hits and
-    adapter_misses: requests whose adapter was in host memory or the pool, and those that waited for it. adapter_loads,
-    adapter_failures, adapter_load_seconds: loads from disk to host memory, those that failed, the time of all.
-    cached_tokens: prompt tokens that the prefix cache had. service: weighted tokens that each client was given.
-    """
-
-    waiting: int
-    running: int
-    pool_pages: Mapping[str, int]
-    adapters: Mapping[str, int]
-    adapter_hits: int
-    adapter_misses: int
-    adapter_loads: int
-    adapter_failures: int
-    adapter_load_seconds: float
-    preemptions: int
-    cached_tokens: int
-    service: Mapping[str, float]
 
 
 @dataclass

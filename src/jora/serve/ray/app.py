@@ -47,8 +47,8 @@ def replicas(
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
         resources = _resources(mesh, count)
-        serve.start(proxy_location="Disabled", logging_config=quiet)  # our own HTTP app is the ingress
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(proxy_location="Disabled", logging_config=quiet)  # our own HTTP app is the ingress
         deployment = serve.deployment(
             Replica,
             name="Replica",
@@ -81,10 +81,15 @@ def replicas(
 def _connect(local: bool, count: int) -> None:
     quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
     if not local:
-        ray.init(**quiet)
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise InputError(
+                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({error})"
+            ) from error
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Whoever reaches Ray's ports can run code: only this machine does.
+    # Ray listens on all interfaces; from 2.60 on a local cluster asks for the token in ~/.ray by itself.
     ray.init(
         address="local",
         _node_ip_address="127.0.0.1",

@@ -15,24 +15,23 @@ from dataclasses import Field, fields, replace
 from itertools import count
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from jora.serve.adapters.describe import AdapterInfo
-from jora.serve.async_engine import joined
-from jora.serve.engine import EngineStats
 from jora.serve.http.errors import ApiError
 from jora.serve.ray.replica import Status
-from jora.serve.ray.wire import Change, Refused
+from jora.serve.ray.wire import Change, EngineLost, Refused
 from jora.serve.requests import Event, Request
+from jora.serve.stats import EngineStats
 
 ATTEMPTS = 4  # replicas that one request may take down with it, should it be at fault
 PAUSE = 0.25  # seconds before the second attempt; doubles, so that a dead replica is known as such
 STATUS_SECONDS = 5.0  # for all replicas to say how they are
-LATE = 1.0  # seconds beyond a request's deadline for its replica to say so
+LATE = 1.0  # seconds beyond a request's deadline for its replica to say so itself
 GAUGES = ("waiting", "running", "pool_pages", "adapters")  # what an engine has now; its other numbers are counts
-LOST = (RayError, RayServeException)  # the process, its machine or its engine has gone
+LOST = (RayError, RayServeException)  # the process, its machine or its engine has gone, unless `_is_bug`
 
 logger = logging.getLogger(__name__)
 
@@ -56,39 +55,25 @@ class Replicas:
     async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
         """See `Backend.stream`."""
         self.open += 1
+        passed_on = False
         try:
-            async with aclosing(self._retried(request)) as events:
-                async for event in events:
-                    yield event
+            async for _ in _attempts():
+                try:
+                    async with aclosing(self._attempt(request)) as items:
+                        async for events in items:
+                            passed_on = True
+                            for event in events:
+                                yield event
+                    return
+                except LOST as error:
+                    _noted(error, f"request {request.id}")
+                    if passed_on:
+                        break
         finally:
             self.open -= 1
+        raise _lost()
 
-    async def _retried(self, request: Request) -> AsyncGenerator[Event, None]:
-        passed_on = False
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(PAUSE * 2 ** (attempt - 1))
-            whole: dict[int, Event] = {}
-            try:
-                async with aclosing(self._attempt(request)) as events:
-                    async for event in events:
-                        if not request.streamed:
-                            before = whole.get(event.index)
-                            whole[event.index] = event if before is None else joined(before, event)
-                            continue
-                        passed_on = True
-                        yield event
-            except LOST as error:
-                logger.warning("request %s lost its replica: %s", request.id, str(error).strip().splitlines()[-1:])
-                if passed_on:
-                    break
-            else:
-                for event in whole.values():
-                    yield event
-                return
-        raise ApiError(503, "the replica that answered was lost; ask again", code="replica_lost")
-
-    async def _attempt(self, request: Request) -> AsyncGenerator[Event, None]:
+    async def _attempt(self, request: Request) -> AsyncGenerator[tuple[Event, ...], None]:
         """The events from one replica. Raises what it refuses with, and any of LOST."""
         seconds = None if request.deadline is None else request.deadline - time.monotonic()
         name = request.adapter or ""
@@ -97,8 +82,9 @@ class Replicas:
         items = handle.stream.remote(replace(request, deadline=None), seconds, changes)
         ended = False
         try:
-            # Of the waits, the first one alone may be long without an engine that looks at the clock.
-            item = await asyncio.wait_for(anext(items, None), None if seconds is None else max(0.0, seconds) + LATE)
+            # Where no replica is there, nobody else looks at the clock.
+            async with asyncio.timeout(None if seconds is None else max(0.0, seconds) + LATE):
+                item = await anext(items, None)
             while item is not None:
                 if isinstance(item, Refused):
                     raise item.error()
@@ -106,56 +92,67 @@ class Replicas:
                 item = await anext(items, None)
             ended = True
         except TimeoutError:
-            for index in range(request.sampling.n):
-                yield Event(request.id, index, finish="deadline")
+            yield tuple(Event(request.id, index, finish="deadline") for index in range(request.sampling.n))
         finally:
             if not ended:
                 items.cancel()
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:
-        """Load it in all replicas, or in none. Raises InputError where one of them cannot."""
+        """Load it in all replicas. Raises InputError where one of them cannot.
+
+        If others could, the name is unloaded everywhere: all replicas serve the same.
+        """
         async with self._changing:
-            change = Change(next(self._numbers), path)
-            found = await self._everywhere("change", name, change)
+            found = await self._change(name, path)
             refused = [each for each in found if isinstance(each, Refused)]
             if refused:
                 if len(refused) < len(found):
-                    before = self._changes.get(name)
-                    back = Change(next(self._numbers), None if before is None else before.path)
-                    await self._everywhere("change", name, back)
+                    await self._change(name, None)
                 raise refused[0].error()
-            self._changes[name] = change
             return found[0]
 
     async def unload_adapter(self, name: str) -> None:
         """Serve it nowhere any more. Raises UnknownAdapter where no replica has it."""
         async with self._changing:
-            change = Change(next(self._numbers), None)
-            found = await self._everywhere("change", name, change)
-            refused = [each for each in found if isinstance(each, Refused)]
-            if len(refused) == len(found):
-                raise refused[0].error()
-            self._changes[name] = change
+            found = await self._change(name, None)
+            if all(isinstance(each, Refused) for each in found):
+                raise found[0].error()
 
-    async def _everywhere(self, method: str, *arguments: Any) -> list[Any]:
-        """What each replica returns; those that go meanwhile are left out: their successors catch up."""
-        found = await self._handle.broadcast(method, *arguments).results_async(return_exceptions=True)
-        there = [each for each in found if not isinstance(each, BaseException)]
+    async def _change(self, name: str, path: str | None) -> list[Any]:
+        """What each replica returns. Those that go or come meanwhile are left out: they catch up with requests."""
+        change = Change(next(self._numbers), path)
+        try:
+            told = self._handle.broadcast("change", name, change)
+            found = await told.results_async(return_exceptions=True)
+        except LOST as error:  # there is none
+            raise _lost() from error
+        there = [each for each in found if not isinstance(each, LOST) or _is_bug(each)]
         if not there:
-            raise found[0]
+            raise _lost()
+        if not all(isinstance(each, Refused) for each in there):
+            self._changes[name] = change
+        for each in there:
+            if isinstance(each, BaseException):
+                raise each
         return there
 
     async def adapters(self) -> list[AdapterInfo]:
         """As one of the replicas has them; all look into the same directory."""
-        return await self._handle.adapters.remote(self._changes)
+        async for _ in _attempts():
+            try:
+                return await self._handle.adapters.remote(self._changes)
+            except LOST as error:
+                _noted(error, "the list of adapters")
+        raise _lost()
 
     async def stats(self) -> EngineStats:
         """Those that answer, as if they were one engine. What is counted goes on when a replica is replaced."""
         try:
-            answers = self._handle.broadcast("status").results_async(timeout_s=STATUS_SECONDS, return_exceptions=True)
-            self.statuses = [each for each in await answers if isinstance(each, Status)]
-        except (*LOST, TimeoutError):
-            self.statuses = []  # they are all being replaced
+            told = self._handle.broadcast("status")
+            found = await told.results_async(timeout_s=STATUS_SECONDS, return_exceptions=True)
+        except (*LOST, TimeoutError):  # they are all being replaced
+            found = []
+        self.statuses = [each for each in found if isinstance(each, Status)]
         self._counted.update({each.incarnation: each.stats for each in self.statuses})
         running, ever = [each.stats for each in self.statuses], list(self._counted.values())
         return EngineStats(**{f.name: _sum(f, running if f.name in GAUGES else ever) for f in fields(EngineStats)})
@@ -166,6 +163,30 @@ class Replicas:
         while self.open and time.monotonic() < until:
             await asyncio.sleep(0.05)
         return not self.open
+
+
+async def _attempts() -> AsyncGenerator[None, None]:
+    """Turns, with a pause before each but the first."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            await asyncio.sleep(PAUSE * 2 ** (attempt - 1))
+        yield
+
+
+def _is_bug(error: BaseException) -> bool:
+    """Whether a replica lives and raised this; it would again."""
+    return isinstance(error, RayTaskError) and not isinstance(error, EngineLost)
+
+
+def _noted(error: BaseException, what: str) -> None:
+    """Log what was lost with its replica. Raises a bug instead."""
+    if _is_bug(error):
+        raise error
+    logger.warning("%s: its replica was lost (%s)", what, type(error).__name__)
+
+
+def _lost() -> ApiError:
+    return ApiError(503, "the replica was lost; ask again", code="replica_lost", headers={"Retry-After": "5"})
 
 
 def _sum(field: Field[Any], states: Sequence[EngineStats]) -> Any:

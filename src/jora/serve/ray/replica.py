@@ -14,10 +14,10 @@ from ray import serve
 
 from jora.errors import InputError
 from jora.serve.adapters.describe import AdapterInfo
-from jora.serve.async_engine import AsyncEngine
-from jora.serve.engine import EngineStats
-from jora.serve.ray.wire import Change, Facts, GrammarSource, Refused
+from jora.serve.async_engine import AsyncEngine, joined
+from jora.serve.ray.wire import Change, EngineLost, Facts, GrammarSource, Refused
 from jora.serve.requests import Event, Request, UnknownAdapter
+from jora.serve.stats import EngineStats
 from jora.serve.text.grammar import Grammars
 
 LISTED = 256  # adapters, the last used, that a replica tells the router to send it more requests for
@@ -51,29 +51,42 @@ class Replica:
 
     async def stream(
         self, request: Request, seconds: float | None, changes: Mapping[str, Change]
-    ) -> AsyncGenerator[Event | Refused, None]:
-        """A request's events; one `Refused` in place of the first where the engine does not take it.
+    ) -> AsyncGenerator[tuple[Event, ...] | Refused, None]:
+        """A request's events: as they come, or whole answers at once for one that is not streamed.
+
+        One `Refused` in place of the first where the engine does not take it. Raises EngineLost.
 
         Args:
             request: its deadline is not looked at: clocks differ between machines.
             seconds: to its deadline.
             changes: those of its adapter, which this replica may have missed.
         """
+        self._check_engine()
         try:
             await self._catch_up(changes)
             deadline = None if seconds is None else time.monotonic() + seconds
             request = replace(await self._with_grammar(request), deadline=deadline)
-            listed = request.adapter is None
+            whole: dict[int, Event] = {}
+            listed = False
             async with aclosing(self._engine.stream(request)) as events:
                 async for event in events:
-                    if event.finish == "error" and self._engine.failure is not None:
-                        raise RuntimeError("the engine of this replica has stopped")  # another one may do it
-                    yield event
+                    self._check_engine()
                     if not listed and request.adapter is not None:
                         await self._list(request.adapter)  # not before: clients may ask for any name
                         listed = True
+                    if request.streamed:
+                        yield (event,)
+                    else:
+                        before = whole.get(event.index)
+                        whole[event.index] = event if before is None else joined(before, event)
+            if whole:
+                yield tuple(whole.values())
         except InputError as error:
             yield Refused.of(error)
+
+    def _check_engine(self) -> None:
+        if self._engine.failure is not None:
+            raise EngineLost("the engine has stopped") from self._engine.failure
 
     @serve.multiplexed(max_num_models_per_replica=LISTED)
     async def _list(self, adapter: str) -> str:
@@ -110,6 +123,7 @@ class Replica:
 
     async def change(self, name: str, change: Change) -> AdapterInfo | Refused | None:
         """Load (what it is then) or unload an adapter."""
+        self._check_engine()
         try:
             async with self._changing:
                 return await self._apply(name, change)
@@ -118,6 +132,7 @@ class Replica:
 
     async def adapters(self, changes: Mapping[str, Change]) -> list[AdapterInfo]:
         """All that are served."""
+        self._check_engine()
         for name, change in changes.items():
             try:
                 await self._catch_up({name: change})
@@ -137,6 +152,5 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which puts another process in place of one that raises or does not answer."""
-        if self._engine.failure is not None:
-            raise RuntimeError("the engine has stopped") from self._engine.failure
+        self._check_engine()
         await self._engine.stats()  # its thread gets to the next step

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ray.serve.request_router import MultiplexMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 SPREAD = 1.25
 
@@ -41,7 +41,7 @@ def order(adapter: str, loads: Mapping[str, int], holders: Collection[str], batc
     return sorted(by_load, key=rank)
 
 
-class AdapterRouter(MultiplexMixin, RequestRouter):
+class AdapterRouter(RequestRouter):
     """Ray Serve's router with `order`; it runs where the handle is, in the process that has the HTTP port."""
 
     def initialize_state(self, *, batch: int) -> None:

@@ -14,6 +14,10 @@ from jora.serve.requests import Rejected, UnknownAdapter
 from jora.serve.text.grammar import Grammars, Kind
 
 
+class EngineLost(RuntimeError):
+    """The engine of a replica has stopped for good: another one may do what it was asked."""
+
+
 @dataclass(frozen=True)
 class Refused:
     """An InputError of the engine: a value, because Ray wraps exceptions and some cannot be pickled."""
