@@ -66,7 +66,7 @@ def test_what_it_says_at_start(required):
     server = SimpleNamespace(model="base", keys=SimpleNamespace(required=required))
     memory = Memory(weights=3 << 20, pool=2 << 30, active=5 << 20, steps=7 << 20, rest=1 << 30)
     lines = told(server, [f"adapter-{n}" for n in range(20)], memory, "http://127.0.0.1:8000")
-    assert "base and 20 adapters: adapter-0" in lines[0] and "adapter-19" not in lines[0]
+    assert "base, 20 adapters: adapter-0" in lines[0] and "adapter-19" not in lines[0]
     assert "http://127.0.0.1:8000/v1" in lines[1]
     assert "weights 3 MiB" in lines[2] and "page pool 2.0 GiB" in lines[2]
     command = shlex.split(lines[3].removeprefix("try"))

@@ -10,6 +10,7 @@ from tests.bytewise import bytewise_llama
 import jora
 from jora.errors import InputError
 from jora.serve import memory
+from jora.serve.adapters.active import new_active
 from jora.serve.options import EngineOptions
 
 GIB = 1 << 30
@@ -34,10 +35,11 @@ def test_weights_are_what_a_device_holds(path, mesh):
 
 
 def test_active_set_is_its_arrays(model):
-    c, layout = model.config, model.layout
-    options = EngineOptions(rank_buckets=(4, 32), product_buckets=(3,), targets=("q_proj", "down_proj"))
-    widths = c.embed + c.heads * c.head_dim + c.mlp + c.embed
-    assert memory.active_bytes(c, layout, options, 4) == 4 * c.layers * (32 + 3) * widths
+    c, layout, targets = model.config, model.layout, ("q_proj", "down_proj")
+    options = EngineOptions(rank_buckets=(4, 32), product_buckets=(3,), targets=targets)
+    active = new_active(c, layout, targets, ranks=32, products=3, dtype=np.float32)
+    made = sum(x.nbytes for x in jax.tree.leaves((active.a, active.b, active.u, active.v)))
+    assert memory.active_bytes(c, layout, options, 4) == made
     everything = memory.active_bytes(c, layout, EngineOptions(rank_buckets=(4, 32), product_buckets=(3,)), 4)
     assert everything > 2 * memory.active_bytes(c, layout, options, 4)
 
@@ -81,3 +83,20 @@ def test_sampling_is_counted(model):
     c, layout = model.config, model.layout
     few, many = (memory.steps_bytes(c, layout, EngineOptions(max_batch=n), 4) for n in (1, 101))
     assert many - few >= 100 * c.padded_vocab * np.dtype(np.float32).itemsize
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 0},
+        {"pool_bytes": 0},
+        {"soft_tokens": -1},
+        {"host_adapters_bytes": -1},
+        {"cluster": -1},
+        {"slo": 0.0},
+        {"rank_buckets": (8, 4)},
+    ],
+)
+def test_sizes_that_are_none_are_refused_by_name(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        EngineOptions(**options)

@@ -99,6 +99,8 @@ def run(options: Options, reporter: Reporter) -> None:
     from jora.serve.http.run import address_of, listen, serve
     from jora.serve.text.grammar import Grammars
 
+    if options.replicas < 1 or (options.replicas > 1 and not options.ray):
+        raise InputError(f"--replicas {options.replicas}: a number from 1, together with --ray")
     options = with_demo(options, reporter)
     keys = Keys.load(options.keys, reporter)
     engine_options = engine_options_of(options, keys.weights)
@@ -223,10 +225,11 @@ def told(server: Server, adapters: Sequence[str], memory: Memory, address: str) 
     from jora.ui.facts import size
 
     names = ", ".join(adapters[:SHOWN]) + (", ..." if len(adapters) > SHOWN else "")
+    count = "no adapters yet" if not adapters else f"{len(adapters)} adapter{'s' * (len(adapters) > 1)}: {names}"
     body = {"model": adapters[0] if adapters else server.model, "messages": [{"role": "user", "content": "Hello"}]}
     header = ' -H "Authorization: Bearer $KEY"' if server.keys.required else ""
     return [
-        f"serving   {server.model}" + (f" and {len(adapters)} adapters: {names}" if adapters else ", no adapters yet"),
+        f"serving   {server.model}, {count}",
         f"at        {address}/v1",
         "memory    " + ", ".join(f"{name} {size(count)}" for name, count in memory.parts().items()) + " (a device)",
         f"try       curl {address}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n"

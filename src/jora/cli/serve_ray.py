@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import socket
+import sys
 from functools import partial
 
 from jora.cli.common import open_model, open_tokenizer
 from jora.cli.serve_command import Options, facts_of, make_server, open_retriever, start_engine, told
 from jora.errors import InputError
-from jora.reporting import SILENT, Reporter
+from jora.reporting import Reporter
 from jora.serve.http.app import create_app
 from jora.serve.http.auth import Keys
 from jora.serve.http.run import address_of, serve
 from jora.serve.options import EngineOptions
 from jora.serve.ray.wire import CheckedGrammars
 from jora.serve.text.grammar import Grammars
+from jora.ui.progress import PlainReporter
 
 try:
     from jora.serve.ray import app as cluster
@@ -31,8 +33,6 @@ def serve_replicas(
     options: Options, engine_options: EngineOptions, keys: Keys, bound: socket.socket, reporter: Reporter
 ) -> None:
     """Start the replicas, say what is served, serve."""
-    if options.replicas < 1:
-        raise InputError(f"--replicas must be at least 1, found {options.replicas}")
     tokenizer = open_tokenizer(options.model)
     retriever = None if options.documents is None else open_retriever(options.documents, tokenizer, reporter)
     reporter.note(f"starting {options.replicas} replicas")
@@ -52,7 +52,8 @@ def serve_replicas(
 
 def _start(options: Options, engine_options: EngineOptions) -> Started:
     """Runs in the process of a replica."""
-    model = open_model(options, SILENT)
-    engine, memory = start_engine(model, options, engine_options, SILENT)
+    reporter = PlainReporter(sys.stderr)  # Ray shows it where the server runs
+    model = open_model(options, reporter)
+    engine, memory = start_engine(model, options, engine_options, reporter)
     facts = facts_of(options, model, memory)
     return Started(engine, Grammars(model.tokenizer, facts.vocab_size, facts.ends), facts)

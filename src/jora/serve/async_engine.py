@@ -111,8 +111,8 @@ class AsyncEngine:
         await self._call(lambda: self.engine.unload_adapter(name))
 
     async def adapters(self) -> list[AdapterInfo]:
-        """All adapters that are served."""
-        return await self._call(self.engine.adapters)
+        """All adapters that are served. Beside the engine's thread: it looks through the whole directory."""
+        return await asyncio.to_thread(self.engine.adapters)
 
     async def stats(self) -> EngineStats:
         """What the engine is doing."""

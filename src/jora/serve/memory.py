@@ -92,7 +92,8 @@ def weight_bytes(model: Model) -> int:
 
 def active_bytes(config: ModelConfig, layout: Layout, options: EngineOptions, itemsize: int) -> int:
     """Bytes of the active set on one device: A, B of the largest rank bucket and u, v of the largest product bucket."""
-    vectors = max(options.rank_buckets, default=0) + max(options.product_buckets or (), default=0)
+    products = max(options.product_buckets or (), default=0)
+    vectors = max(options.rank_buckets, default=0) + (1 + products if products else 0)  # 1: what the base alone has
     widths = 0
     for target in LINEARS if options.targets is None else options.targets:
         shape = linear_shape(config, target)

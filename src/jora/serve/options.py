@@ -9,6 +9,9 @@ from typing import Literal
 from jora.errors import InputError
 from jora.models.config import LINEARS
 
+_LEAST = dict.fromkeys(("page_tokens", "max_batch", "chunk", "max_queue", "max_length", "pool_bytes"), 1)
+_LEAST |= dict.fromkeys(("soft_tokens", "cluster", "host_adapters_bytes"), 0)
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -49,12 +52,14 @@ class EngineOptions:
     cluster: int = 0
     slo: float | None = None
     max_queue: int = 1024
-    host_adapters_bytes: int = 4 << 30
+    host_adapters_bytes: int = 4 * 10**9
 
     def __post_init__(self) -> None:
-        for name in ("page_tokens", "max_batch", "chunk", "max_queue"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InputError(f"{name} must be at least {least}, found {value}")
+        if self.slo is not None and not self.slo > 0:
+            raise InputError(f"slo must be above 0 seconds, found {self.slo}")
         for name in ("rank_buckets", "product_buckets"):
             buckets = getattr(self, name) or ()
             if any(b < 1 for b in buckets) or list(buckets) != sorted(set(buckets)):

@@ -298,6 +298,8 @@ def test_documents_and_citations() -> None:
         assert "document: hello" in prompt_of(running.engine) and documents.limit == 400
         assert answer.model_extra == {"documents": [{"document": 1}]}
         assert answer.choices[0].message.model_extra == {"citations": [{"quote": "Answer"}]}
+        back: Any = [*HELLO, answer.choices[0].message.model_dump(exclude_none=True), *HELLO]
+        assert client.chat.completions.create(model="tiny", messages=back).choices
         parts = list(client.chat.completions.create(model="tiny", messages=HELLO, stream=True))
         assert [part.model_extra for part in parts] == [{"documents": [{"document": 1}]}] + [{}] * (len(parts) - 1)
         extras = [part.choices[0].delta.model_extra for part in parts]

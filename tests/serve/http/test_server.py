@@ -192,6 +192,13 @@ def test_hostile_bodies(engine: FakeEngine, http: httpx.Client, body: bytes) -> 
     is_error(http.post("/v1/completions", content=body, headers={"content-type": "application/json"}), 400)
 
 
+def test_a_grammar_is_bounded(http: httpx.Client, engine: FakeEngine) -> None:
+    asked = {"model": "tiny", "prompt": "a"}
+    assert http.post("/v1/completions", json={**asked, "guided_regex": "a" * (1 << 17)}).status_code == 200
+    error = is_error(http.post("/v1/completions", json={**asked, "guided_regex": "a" * (1 + (1 << 17))}), 400)
+    assert error["param"] == "guided_regex" and len(engine.requests) == 1
+
+
 def test_hostile_conversations(engine: FakeEngine, http: httpx.Client) -> None:
     def post(text: str) -> httpx.Response:
         headers = {"content-type": "application/json"}

@@ -33,6 +33,7 @@ class FakeAdapters:
         self.resident: OrderedDict[AdapterVersion, list[int]] = OrderedDict()
         self.pinned: set[AdapterVersion] = set()
         self.requested: list[AdapterVersion] = []
+        pages.reclaim_from(self)
 
     def tick(self) -> None:
         for version in list(self.loading):

@@ -56,11 +56,14 @@ def check_name(name: str) -> None:
 def confined(path: Path, roots: tuple[Path, ...], where: str) -> Path:
     """The real path of `path`, if it lies in one of the roots (themselves real), links followed; else InputError."""
     try:
-        real = Path(os.path.realpath(path, strict=True))
-    except (OSError, ValueError):  # ValueError: a NUL
+        real = Path(os.path.realpath(path))
+    except ValueError:  # a NUL
         raise InputError(f"{where}: no such file or directory") from None
+    # First, so that the answer tells nobody what exists elsewhere.
     if not any(real.is_relative_to(root) for root in roots):
         raise InputError(f"{where}: lies outside the directories that adapters are served from")
+    if not os.path.exists(real):
+        raise InputError(f"{where}: no such file or directory")
     return real
 
 
@@ -197,14 +200,15 @@ def check_base(recorded: Mapping[str, Any], named: str, identity: Mapping[str, s
     A fingerprint is of the weights, so another one is another model and is refused; training only warns there. A name
     is where someone had the model: the same weights have many, so another one says little.
     """
+    served = PurePath(identity["name"]).name  # not where it lies: clients read this
     theirs, ours = recorded.get("fingerprint"), identity.get("fingerprint")
     if theirs and ours:
         if theirs != ours:
             raise InputError(
                 f"{where}: trained on another base ({named!r}, fingerprint {str(theirs)[:12]}), this server has"
-                f" {identity['name']!r} ({ours[:12]})"
+                f" {served!r} ({ours[:12]})"
             )
         return None
-    if named and PurePath(named).name != PurePath(identity["name"]).name:
-        return f"made for base {named!r}, served on {identity['name']!r}; it records no fingerprint to tell"
+    if named and PurePath(named).name != served:
+        return f"made for base {named!r}, served on {served!r}; it records no fingerprint to tell"
     return None

@@ -30,7 +30,7 @@ from jora.serve.http.responses import (
 from jora.serve.http.sampling import Structure
 from jora.serve.http.schemas import ChatRequest, NamedTool
 from jora.serve.http.server import Caller, Server
-from jora.serve.http.streaming import Feed, respond
+from jora.serve.http.streaming import STREAMED, Feed, respond
 from jora.serve.http.tool_formats import Call
 from jora.serve.http.tools import (
     AnswerStream,
@@ -230,7 +230,7 @@ def prompt_text(renderer: Renderer, body: ChatRequest, filled: Filled) -> str:
 def router(server: Server) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", response_model=ChatCompletion)
+    @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
     async def create_chat_completion(body: ChatRequest, http: HttpRequest) -> Response:
         caller = server.admit(http, body.model, body.timeout)
         stream = fields.checked_stream(body)

@@ -16,7 +16,7 @@ from jora.serve.http.errors import invalid
 from jora.serve.http.responses import Completion, CompletionChoice, CompletionLogprobs, Finish
 from jora.serve.http.schemas import CompletionRequest
 from jora.serve.http.server import Caller, Server
-from jora.serve.http.streaming import Feed, respond
+from jora.serve.http.streaming import STREAMED, Feed, respond
 from jora.serve.requests import Event, FinishReason, Logprobs, SamplingOptions
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -136,7 +136,7 @@ def _check(body: CompletionRequest) -> None:
 def router(server: Server) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/completions", response_model=Completion)
+    @routes.post("/v1/completions", response_model=Completion, responses=STREAMED)
     async def create_completion(body: CompletionRequest, http: HttpRequest) -> Response:
         caller = server.admit(http, body.model, body.timeout)
         stream = fields.checked_stream(body)

@@ -139,6 +139,7 @@ class ChatMessage(Body):
     reasoning_content: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = Field(None, description="Ignored.")
+    citations: list[Any] | None = Field(None, description="Ignored: of an answer of this server that is sent back.")
     audio: Unsupported = None
     function_call: Unsupported = None
 

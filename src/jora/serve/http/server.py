@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from jora.serve.http.streaming import Feed
 from jora.serve.http.tokens import Text
 from jora.serve.requests import Request, SamplingOptions
 from jora.serve.text.grammar import Grammars
+
+GRAMMAR_CHARACTERS = 1 << 17  # OpenAI's bound of what a schema says is 120,000
 
 
 class Caller(NamedTuple):
@@ -85,10 +88,13 @@ class Server:
         raise unknown_model(name)
 
     async def grammar(self, structure: Structure | None) -> Any:
+        """What a structure compiles to; in a thread of its own, as a large one takes a second."""
         if structure is None:
             return None
+        if len(structure.source) > GRAMMAR_CHARACTERS:
+            raise invalid(f"{structure.param}: longer than {GRAMMAR_CHARACTERS} characters", structure.param)
         try:
-            return await self.text.beside(lambda: self.grammars.compile(structure.kind, structure.source))
+            return await asyncio.to_thread(self.grammars.compile, structure.kind, structure.source)
         except InputError as error:
             raise invalid(f"{structure.param}: {error}", structure.param) from None
 

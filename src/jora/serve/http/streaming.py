@@ -26,6 +26,8 @@ from jora.serve.requests import Event, Request
 
 Result = TypeVar("Result")
 WAITING_EVENTS = 64  # of one response, beside those that the engine holds
+# For the OpenAPI description: what an endpoint answers beside its JSON.
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _ENDINGS: dict[str | None, tuple[int, str, str]] = {
     "deadline": (504, "the request did not end within its time limit", "deadline_exceeded"),
     "cancelled": (503, "the request was cancelled by the server", "cancelled"),

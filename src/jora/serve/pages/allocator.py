@@ -51,6 +51,7 @@ class Pages:
 
     def reclaim_from(self, reclaimer: Reclaimer) -> None:
         """Ask it for pages when too few are free."""
+        assert reclaimer not in self._reclaimers, "its pages would be counted twice"
         self._reclaimers.append(reclaimer)
 
     def make_free(self, count: int) -> bool:

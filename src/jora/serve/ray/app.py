@@ -68,7 +68,7 @@ def replicas(
         try:
             handle = serve.run(deployment.bind(start), name=name, route_prefix=None, logging_config=quiet)
         except RuntimeError as error:
-            raise InputError(f"the replicas did not start: {_cause(str(error))}") from error
+            raise InputError(f"the replicas did not start: {_cause(name) or error}") from error
         yield handle
     finally:
         if local:
@@ -113,7 +113,8 @@ def _resources(mesh: str | None, count: int) -> dict[str, object]:
     return {"num_cpus": 1}
 
 
-def _cause(report: str) -> str:
-    """The last line of a report that says something."""
-    lines = [line.strip() for line in report.splitlines() if line.strip()]
-    return lines[-1] if lines else report
+def _cause(name: str) -> str | None:
+    """What the user gave that a replica could not use, from the traceback that Ray keeps of it."""
+    reports = serve.status().applications[name].deployments.values()
+    lines = [line.partition(f"{InputError.__name__}: ") for report in reports for line in report.message.splitlines()]
+    return next((message for _, found, message in reversed(lines) if found), None)

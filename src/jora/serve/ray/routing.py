@@ -7,10 +7,11 @@ times the mean, but below a full batch a replica is free, because decoding one r
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 SPREAD = 1.25
 
@@ -42,22 +43,34 @@ def order(adapter: str, loads: Mapping[str, int], holders: Collection[str], batc
 
 
 class AdapterRouter(RequestRouter):
-    """Ray Serve's router with `order`; it runs where the handle is, in the process that has the HTTP port."""
+    """Ray Serve's router with `order`; it runs where the handle is, in the process that has the HTTP port.
+
+    All requests come this way, so it counts them itself: the queue lengths that Ray caches lag behind a burst.
+    """
 
     def initialize_state(self, *, batch: int) -> None:
         """Called by Ray Serve with `request_router_kwargs`."""
         self._batch = batch
+        self._sent: dict[str, str] = {}  # request -> its replica
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Called by Ray Serve: ranks of replicas, each of one."""
-        adapter = ""
-        if pending_request is not None:
-            adapter = pending_request.metadata.multiplexed_model_id
-            pending_request.routing_context.should_backoff = True  # ask again after a while where all are full
+        assert pending_request is not None
+        pending_request.routing_context.should_backoff = True  # ask again after a while where all are full
+        request, adapter = pending_request.metadata.internal_request_id, pending_request.metadata.multiplexed_model_id
         known: dict[str, Any] = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        # A length that is not known is asked for by Ray before it sends anything there.
-        loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in known.items()}
+        sent = Counter(self._sent.values())
         holders = {name for name, replica in known.items() if adapter in replica.multiplexed_model_ids}
-        return [[known[name]] for name in order(adapter, loads, holders, self._batch)]
+        best = order(adapter, {name: sent[name] for name in known}, holders, self._batch)
+        if best:
+            self._sent[request] = best[0]
+            pending_request.future.add_done_callback(
+                lambda future: future.cancelled() and self._sent.pop(request, None)
+            )
+        return [[known[name]] for name in best]
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Called by Ray Serve for every request that was sent."""
+        self._sent.pop(internal_request_id, None)

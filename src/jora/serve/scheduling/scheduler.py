@@ -59,7 +59,6 @@ class Scheduler:
         )
         self._dropped: dict[str, int] = {}  # the latest version of each name that was unloaded
         self._oldest_next = True  # whose turn the next chunk is
-        pages.reclaim_from(adapters)
 
     @property
     def waiting_count(self) -> int:
