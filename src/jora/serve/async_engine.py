@@ -115,8 +115,9 @@ class AsyncEngine:
         return await asyncio.to_thread(self.engine.adapters)
 
     async def stats(self) -> EngineStats:
-        """What the engine is doing."""
-        return await self._call(self.engine.stats)
+        """What the engine is doing. Adapters are counted beside the engine's thread, as above."""
+        known = await asyncio.to_thread(lambda: len(self.engine.catalogue.names()))
+        return await self._call(lambda: self.engine.stats(known))
 
     async def drain(self, seconds: float | None = None) -> bool:
         """Wait until nothing runs, at most so long; whether that came true."""

@@ -388,8 +388,8 @@ class Engine:
 
     # --- what is going on ---
 
-    def stats(self) -> EngineStats:
-        """A snapshot."""
+    def stats(self, known: int | None = None) -> EngineStats:
+        """A snapshot. known: how many adapters there are; None counts them, which looks through the directory."""
         pages = self.pages.by_kind()
         counts = self.host.counts
         return EngineStats(
@@ -397,7 +397,7 @@ class Engine:
             running=self.scheduler.running_count,
             pool_pages={"free": self.pages.free_count, **pages},
             adapters={
-                "known": len(self.catalogue.names()),
+                "known": len(self.catalogue.names()) if known is None else known,
                 "host": len(self.host),
                 "resident": len(self.resident),
             },
