@@ -183,7 +183,7 @@ def all_pages_back(engine: Engine) -> None:
 def test_random_traces(engine_of: Callable[..., Engine], reference: Reference) -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=30, derandomize=True, deadline=None, phases=[Phase.generate])
+    @settings(max_examples=20, derandomize=True, deadline=None, phases=[Phase.generate])
     @given(seed=st.integers(0, 1 << 32))
     def one(seed: int) -> None:
         random = Random(seed)
@@ -210,14 +210,13 @@ def test_random_traces(engine_of: Callable[..., Engine], reference: Reference) -
     with compilations() as compiled:
         one()
     assert not compiled
-    print(seen)
     # The traces were worth it: everything that they are about happened, many times.
     for what in ("prefill", "running"):
         assert seen[f"cancelled: {what}"] > 5, seen
     assert seen["cancelled: waiting"] + seen["cancelled: loading"] > 30, seen
     for what in ("preempted", "load in use", "unload in use", "unknown"):
         assert seen[what] > 10, seen
-    assert seen["cached"] > 500 and seen["whole answers"] > 300, seen
+    assert seen["cached"] > 500 and seen["whole answers"] > 200, seen
 
 
 # --- preemption ---
