@@ -86,10 +86,10 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     for split in ("train", "eval"):
         turns = [{"role": "user", "content": f"{split}?"}, {"role": "assistant", "content": "two years"}]
         (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
+    section = (ROOT / "README.md").read_text().split("## In Python\n")[1]
+    block = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
     names: dict[str, object] = {}
-    exec(compile(blocks[0], "README.md", "exec"), names)
+    exec(compile(block, "README.md", "exec"), names)
     base = transformers.AutoModelForCausalLM.from_pretrained("org/model")
     tuned = peft.PeftModel.from_pretrained(base, "adapter").merge_and_unload()
     merged = transformers.AutoModelForCausalLM.from_pretrained("merged")

@@ -37,7 +37,7 @@ def reference(shelf: Path) -> Reference:
     return Reference(shelf)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # modules of others may have come between, and cleared what was compiled
 def warm(shelf: Path) -> None:
     """Engines of `serving` compile nothing from here on."""
     with serving(shelf) as engine:

@@ -100,6 +100,7 @@ def tokens(events: list[Event]) -> list[int]:
     return [token for event in events for token in event.tokens]
 
 
+@pytest.mark.slow  # most of it is the warm-up of many sizes
 def test_a_mixed_batch_gives_what_each_request_gives_alone(engine: Engine, adapters: Path) -> None:
     """Twelve adapters of ranks 1 to 64 on differing targets and of six methods, and the base; lengths 1 to 500."""
     lengths = [1, 500, 7, 8, 9, 33, 64, 100, 257, 31, 2, 40, 300, 5]

@@ -197,7 +197,7 @@ class AsyncEngine:
     def _send(self, events: list[Event]) -> None:
         for event in events:
             reader = self._readers.get(event.request)
-            if reader is None:
+            if reader is None or reader.loop.is_closed():  # the server ends before what it gave up
                 continue
             reader.loop.call_soon_threadsafe(reader.put, event)
             if event.finish is not None:

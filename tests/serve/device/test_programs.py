@@ -92,7 +92,7 @@ class Server:
                 np.int32(at),
                 np.int32(count),
                 np.int32(-1),
-                self.tables[:, row],
+                self.tables[:, row].copy(),  # a program that still runs may read the host's own memory
                 None,
                 soft,
                 following if scored else None,
@@ -105,7 +105,7 @@ class Server:
 
     def decode_arguments(self, step: np.ndarray) -> tuple[Any, ...]:
         rows = len(self.lengths)
-        return self.model.params, None, self.pool, step, self.lengths, np.full(rows, -1, np.int32), self.tables
+        return self.model.params, None, self.pool, step, self.lengths, np.full(rows, -1, np.int32), self.tables.copy()
 
     def decode(self, step: np.ndarray) -> np.ndarray:
         for row in np.flatnonzero(self.lengths >= 0):
