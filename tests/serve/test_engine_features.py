@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jsonschema_rs
 import numpy as np
@@ -24,7 +25,10 @@ from transformers.generation import logits_process
 import jora
 from jora.encoders.encoder import BertEncoder
 from jora.errors import InputError
+from jora.serve.adapters.active import Active
 from jora.serve.adapters.catalogue import Catalogue
+from jora.serve.device import executor
+from jora.serve.device.programs import decode
 from jora.serve.engine import Engine
 from jora.serve.requests import Event, Logprobs, Rejected, UnknownAdapter
 from jora.serve.text.grammar import Grammars
@@ -421,6 +425,28 @@ def test_an_encoder_reads_while_others_are_served(
         vector = theirs(**tokenizer("bert")(text_of, return_tensors="pt")).last_hidden_state[0, 0].numpy()
     expected = with_prefix(lopa_prefix(tmp_path / "adapters" / "read", vector), asked, 8)
     assert tokens(events["read"]) == tokens(events["read"], 1) == expected
+
+
+def test_rows_of_the_base_alone_do_not_pay_for_adapters_that_ran_before(
+    engine: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks: list[int] = []
+
+    def counting(params: Any, active: Active, *rest: Any, **options: Any) -> Any:
+        ranks.append(active.ranks)
+        return decode(params, active, *rest, **options)
+
+    monkeypatch.setattr(executor, "decode", counting)
+    asked = prompt(29, 9)
+    with compilations() as compiled:
+        adapted = run(engine, ask("adapted", asked, "two"))["adapted"]
+        assert set(ranks) == {8}
+        ranks.clear()
+        assert tokens(run(engine, ask("base", asked))["base"]) == reference(None, asked)
+        assert set(ranks) == {0}
+        again = run(engine, ask("again", prompt(30, 9), "two"))["again"]
+    assert not compiled
+    assert tokens(adapted) == reference("two", asked) and tokens(again) == reference("two", prompt(30, 9))
 
 
 # --- grammars ---

@@ -61,6 +61,7 @@ class Executor:
         self.program = Program(model.config, model.layout, pool_layout)
         self.pool = pool_layout.new_pool(pages, model.layout)
         self.active = self.new_active(active_set.size)
+        self._no_adapters = self.new_active(Size(0, 0))
         self.samples = sampling.new_state(options.max_batch, model.config.vocab_size, model.layout)
         self.rows = RowTable(options.max_batch)
         shape = (len(pool_layout.groups), options.max_batch, pool_layout.blocks(max_length + 1))
@@ -139,15 +140,17 @@ class Executor:
         lengths = np.full(rows, -1, np.int32)
         versions: list[AdapterVersion | None] = [None] * rows
         tables = np.zeros_like(self.tables)
-        products = self._set.size.products
         for sequence in sequences:
             assert sequence.slot is not None
             lengths[sequence.slot] = sequence.computed
             versions[sequence.slot] = sequence.adapter
             self._fill(tables[:, sequence.slot], sequence)
+        # The set keeps the adapters of those who ran last; rows of the base alone need not multiply by them.
+        adapted = any(version is not None for version in versions)
+        products = self._set.size.products if adapted else 0
         self.pool, logits = decode(
             self.model.params,
-            self.active,
+            self.active if adapted else self._no_adapters,
             self.pool,
             self.samples.last,
             lengths,
@@ -161,7 +164,7 @@ class Executor:
     def _own(self, version: AdapterVersion | None) -> tuple[Active, int, Expanded | None]:
         """One adapter out of the active set, its number there, and its base products."""
         if version is None:
-            return part(self.active, np.int32(0), np.int32(0), shape=PartShape(0, 0)), -1, None
+            return self._no_adapters, -1, None
         spec, place = self._set.members[version].spec, self._set.members[version].place
         shape = part_shape(spec, self.options)
         own = part(self.active, np.int32(place.rank), np.int32(place.vector), shape=shape)
