@@ -69,8 +69,11 @@ class ActiveProjection:
     def _low_rank(self, x: Float[Array, "b s *in"], layout: Layout, mask: Array) -> Float[Array, "b s *out"]:
         """((x A^T) * M) B in x's dtype with fp32 sums; devices exchange [tokens, rank] alone."""
         assert self.a is not None and self.b is not None
-        contract = (tuple(range(2, x.ndim)), tuple(range(1, self.a.ndim)))
-        inner = layout.constrain(_product(x, self.a, contract).astype(x.dtype), None, None, None)
+        a = self.a
+        if layout.devices == 1:  # a sum over several axes (o_proj's heads) would transpose A in every step
+            x, a = x.reshape(*x.shape[:2], -1), a.reshape(a.shape[0], -1)
+        contract = (tuple(range(2, x.ndim)), tuple(range(1, a.ndim)))
+        inner = layout.constrain(_product(x, a, contract).astype(x.dtype), None, None, None)
         return _product(jnp.where(mask, inner, 0), self.b, ((2,), (0,))).astype(x.dtype)
 
     def _products(self, x: Float[Array, "b s *in"], dense: Dense, shared: Shared) -> Float[Array, "b s *out"]:

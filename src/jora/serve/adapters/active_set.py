@@ -162,9 +162,12 @@ def _needs(wanted: Mapping[Version, Spec]) -> Size:
 
 
 def _bucket(buckets: Sequence[int], now: int, need: int) -> int:
-    """The bucket for `need`: the smallest that holds it, but none below `now` that would be more than half full."""
+    """The bucket for `need`: the smallest that holds it. From a larger one, `now`, down to one that would be more than
+    half full only where that is a quarter of it or less: the next adapter may need the larger one again.
+    """
     smallest = next(bucket for bucket in buckets if bucket >= need)
-    return smallest if smallest >= now or 2 * need <= smallest else _bucket_above(buckets, smallest, now)
+    small_enough = smallest >= now or 2 * need <= smallest or 4 * smallest <= now
+    return smallest if small_enough else _bucket_above(buckets, smallest, now)
 
 
 def _bucket_above(buckets: Sequence[int], smallest: int, now: int) -> int:
