@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, settings
-from schemathesis import checks
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode, checks
 from schemathesis.specs.openapi import checks as openapi_checks
 from tests.serve.http.fakes import FakeEngine, make_server
 
@@ -32,14 +33,25 @@ def check(case: Any) -> None:
     case.call_and_validate(checks=CHECKS)
 
 
-@schema.parametrize()
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
-def test_every_operation(case: Any) -> None:
-    check(case)
+OPERATIONS = [found.ok() for found in schema.get_all_operations()]
+# What has no body takes every request.
+CASES = [(each, mode) for each in OPERATIONS for mode in GenerationMode if each.body or mode == GenerationMode.POSITIVE]
+# With names of their own, which schemathesis' own parametrisation does not give: xdist drops tests of equal names.
+each_case = pytest.mark.parametrize(
+    ("operation", "mode"), CASES, ids=[f"{mode.value} {each.label}" for each, mode in CASES]
+)
+
+
+@each_case
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(data=st.data())
+def test_every_operation(operation: Any, mode: GenerationMode, data: st.DataObject) -> None:
+    check(data.draw(operation.as_strategy(generation_mode=mode)))
 
 
 @pytest.mark.slow
-@schema.parametrize()
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_operation_at_length(case: Any) -> None:
-    check(case)
+@each_case
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_operation_at_length(operation: Any, mode: GenerationMode, data: st.DataObject) -> None:
+    check(data.draw(operation.as_strategy(generation_mode=mode)))
