@@ -23,6 +23,7 @@ from typing import Any
 
 import floor
 import machine
+from worker import Worker
 
 HERE = Path(__file__).resolve().parent
 PEERS = ("peft-checkpointing", "peft", "trl")
@@ -62,43 +63,17 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     return chosen
 
 
-class Contestant:
-    """The parent's end of a contestant's process."""
+class Contestant(Worker):
+    """A running `contestants.py`."""
 
     def __init__(self, name: str, directory: Path) -> None:
-        self.name, self.steps = name, []
-        self._log = directory / f"{name.replace(':', '-')}.log"
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "contestants.py"), name, str(directory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log.open("w"),
-            text=True,
-        )
-        self.ready: dict[str, Any] = self._read()["ready"]
+        self.steps: list[dict[str, float]] = []
+        super().__init__(name, HERE / "contestants.py", [name, str(directory)], directory)
 
     def step(self) -> dict[str, float]:
         """One training step, from the command to its answer."""
-        assert self._process.stdin
-        print("step", file=self._process.stdin, flush=True)
-        self.steps.append(self._read())
+        self.steps.append(self.ask("step"))
         return self.steps[-1]
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended with code {self._process.wait()}:\n{self._log.read_text()[-3000:]}")
-        return json.loads(line)
-
-    def stop(self) -> None:
-        """End the process."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
 
     @property
     def title(self) -> str:

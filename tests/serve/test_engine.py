@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import current_thread
-from typing import Any
 
-import jax
-import numpy as np
 import pytest
 from tests.serve.bases import VOCAB, base, greedy, merged, randomised
+from tests.serve.engines import compilations, prompt, step, tokens
 
 import jora
 from jora.methods.method import Method
@@ -56,48 +52,24 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(adapters: Path) -> Engine:
+def engine(adapters: Path) -> Iterator[Engine]:
     engine = Engine(base(), OPTIONS, adapters)
     engine.warm_up()
-    return engine
+    yield engine
+    engine.close()
 
 
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Grows by one with every program that XLA compiles for the engine (loading an adapter has threads of its own)."""
-    found: list[str] = []
-
-    def count(name: str, seconds: float, **kwargs: Any) -> None:
-        if name == "/jax/core/compile/backend_compile_duration" and not current_thread().name.startswith("adapters"):
-            found.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
-
-
-def prompt(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(seed).integers(0, 256, length).tolist())
-
-
-def run(engine: Engine, requests: list[Request]) -> dict[str, list[Event]]:
-    """Every event of each request; the pool's books are checked after every step."""
+def run_arriving(engine: Engine, requests: list[Request]) -> dict[str, list[Event]]:
+    """Every event of each request, two of which arrive at each step."""
     events: dict[str, list[Event]] = {request.id: [] for request in requests}
     waiting = list(requests)
     while waiting or engine.has_work:
-        for request in waiting[:2]:  # they arrive while others run
+        for request in waiting[:2]:
             engine.submit(request)
         del waiting[:2]
-        for event in engine.step():
+        for event in step(engine):
             events[event.request].append(event)
-        engine.scheduler.check()
     return events
-
-
-def tokens(events: list[Event]) -> list[int]:
-    return [token for event in events for token in event.tokens]
 
 
 @pytest.mark.slow  # most of it is the warm-up of many sizes
@@ -110,7 +82,7 @@ def test_a_mixed_batch_gives_what_each_request_gives_alone(engine: Engine, adapt
         for i, (name, length) in enumerate(zip(names, lengths, strict=True))
     ]
     with compilations() as compiled:
-        events = run(engine, requests)
+        events = run_arriving(engine, requests)
     assert not compiled
     for request in requests:
         model = merged("llama2", None if request.adapter is None else adapters / request.adapter)

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from jora.serve.adapters.soft_prompts import SoftPrompts
 from jora.serve.answers import Answer
 from jora.serve.device.executor import Executor
 from jora.serve.device.results import Pending, Sampled, Scored
-from jora.serve.device.sample_rows import sample_row
+from jora.serve.device.sample_rows import answer_seed, sample_row
 from jora.serve.device.sampling import SampleRows
 from jora.serve.device.warm_up import warm_up
 from jora.serve.options import EngineOptions
@@ -64,7 +63,7 @@ class Engine:
     Args:
         model: the base; its mesh may cut tensors only.
         options: sizes and policies.
-        adapters: a directory of adapters, or a `Catalogue`; None serves the base alone until some are loaded.
+        adapters: a directory of adapters, or a `Catalogue` (which may allow loading from others); None: the base alone.
         clock: seconds, rising; deadlines are on it.
 
     Raises:
@@ -78,7 +77,7 @@ class Engine:
         adapters: str | os.PathLike[str] | Catalogue | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.catalogue = _catalogue(adapters, model)
+        self.catalogue = Catalogue.of(adapters, model)
         options = memory.with_pool(model, fitted(options or EngineOptions(), self.catalogue.infos()))
         assert options.pool_bytes is not None and options.targets is not None
         assert options.product_buckets is not None and options.soft_tokens is not None
@@ -86,7 +85,7 @@ class Engine:
         self.max_length = min(options.max_length or model.config.max_positions, model.config.max_positions)
         self.targets = options.targets
         self.pool_layout = PoolLayout.of(model.config, model.layout, model.dtype, options.page_tokens)
-        self.pages = Pages(_page_count(options.pool_bytes, self.pool_layout))
+        self.pages = Pages(self.pool_layout.pages_in(options.pool_bytes))
         self._detokeniser = Detokeniser(model.tokenizer)
         self._ends = end_tokens(model, Template(model.tokenizer))
         self._active_set = active = ActiveSet(options.rank_buckets, options.product_buckets)
@@ -150,13 +149,13 @@ class Engine:
             slots = self.loader.described(version).prefix_slots
             here = self.resident.status(version) in ("host", "resident")
             self._counts["adapter_hits" if here else "adapter_misses"] += 1
-        most = self._max_tokens(request, slots)
+        most = request.most_tokens(slots, self.max_length, self.model.config.vocab_size)
         seed = request.sampling.seed
         seed = secrets.randbits(32) if seed is None else seed
         submitted: list[Sequence] = []
         try:
             for index in range(request.sampling.n):
-                submitted.append(self._submit(request, index, version, slots, most, _answer_seed(seed, index)))
+                submitted.append(self._submit(request, index, version, slots, most, answer_seed(seed, index)))
         except InputError:
             for sequence in submitted:
                 self.scheduler.cancel(sequence)
@@ -181,23 +180,6 @@ class Engine:
         if slots:
             self._unprompted[request.id] = None
         return sequence
-
-    def _max_tokens(self, request: Request, slots: int) -> int:
-        """Most new tokens of each answer. Raises InputError where the model's positions hold none."""
-        vocabulary = self.model.config.vocab_size
-        if wrong := [t for t in request.prompt if not 0 <= t < vocabulary]:
-            raise InputError(f"the prompt has token {wrong[0]}; the vocabulary has {vocabulary}")
-        room = self.max_length - slots - len(request.prompt)
-        if room < 1:
-            taken = f"{len(request.prompt)} tokens" + (f" and {slots} soft tokens" if slots else "")
-            raise InputError(f"the prompt has {taken}, which leaves none of {self.max_length} positions to the answer")
-        asked = request.sampling.max_tokens
-        if asked is not None and asked > room:
-            raise InputError(
-                f"max_tokens {asked} and a prompt of {len(request.prompt)} tokens are more than {self.max_length}"
-                " positions; ask for fewer"
-            )
-        return room if asked is None else asked
 
     def cancel(self, request: str) -> None:
         """End a request's answers, without events; nothing happens where it has ended."""
@@ -410,22 +392,3 @@ class Engine:
             cached_tokens=self._counts["cached_tokens"],
             service=dict(self.scheduler.service),
         )
-
-
-def _catalogue(adapters: str | os.PathLike[str] | Catalogue | None, model: Model) -> Catalogue:
-    if isinstance(adapters, Catalogue):
-        return adapters
-    directory = None if adapters is None else Path(adapters).expanduser()
-    return Catalogue(directory, model.config, model.identity)
-
-
-def _page_count(pool_bytes: int, layout: PoolLayout) -> int:
-    count = pool_bytes // layout.page_bytes
-    if count < 2:
-        raise InputError(f"a pool of {pool_bytes:,} bytes holds no page of {layout.page_bytes:,}; make it larger")
-    return count
-
-
-def _answer_seed(seed: int, index: int) -> int:
-    """Every answer of a request has draws of its own."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])

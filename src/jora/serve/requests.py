@@ -101,6 +101,25 @@ class Request:
         if not self.prompt:
             raise InputError("the prompt is empty; give at least one token")
 
+    def most_tokens(self, soft_tokens: int, positions: int, vocabulary: int) -> int:
+        """Most new tokens of each answer, where the model has so many positions and its adapter so many soft tokens.
+
+        Raises InputError where nothing is left for an answer, less than was asked for, or a token is none.
+        """
+        if wrong := [t for t in self.prompt if not 0 <= t < vocabulary]:
+            raise InputError(f"the prompt has token {wrong[0]}; the vocabulary has {vocabulary}")
+        room = positions - soft_tokens - len(self.prompt)
+        if room < 1:
+            taken = f"{len(self.prompt)} tokens" + (f" and {soft_tokens} soft tokens" if soft_tokens else "")
+            raise InputError(f"the prompt has {taken}, which leaves none of {positions} positions to the answer")
+        asked = self.sampling.max_tokens
+        if asked is not None and asked > room:
+            raise InputError(
+                f"max_tokens {asked} and a prompt of {len(self.prompt)} tokens are more than {positions} positions;"
+                " ask for fewer"
+            )
+        return room if asked is None else asked
+
 
 class Logprobs(NamedTuple):
     """Natural-log probabilities at one position: the token's own, and the likeliest tokens', best first."""

@@ -8,8 +8,8 @@ import math
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -22,6 +22,7 @@ from jora.serve.http.app import create_app
 from jora.serve.http.server import Server
 from jora.serve.http.tokens import Text
 from jora.serve.requests import Event, FinishReason, Logprobs, Request, UnknownAdapter, Usage
+from jora.serve.stats import EngineStats
 
 MAX_LENGTH = 1 << 20
 TEMPLATE = (
@@ -42,19 +43,20 @@ class Info:
     rank: int | None = 8
 
 
-@dataclass
-class State:
-    waiting: int = 0
-    running: int = 0
-    pool_pages: Mapping[str, int] = field(default_factory=lambda: {"free": 3, "kv": 1})
-    adapters: Mapping[str, int] = field(default_factory=lambda: {"resident": 1, "host": 1, "known": 2})
-    adapter_hits: int = 0
-    adapter_misses: int = 0
-    adapter_loads: int = 0
-    adapter_failures: int = 0
-    adapter_load_seconds: float = 0.0
-    preemptions: int = 0
-    service: Mapping[str, float] = field(default_factory=dict)
+IDLE = EngineStats(
+    waiting=0,
+    running=0,
+    pool_pages={"free": 3, "kv": 1},
+    adapters={"resident": 1, "host": 1, "known": 2},
+    adapter_hits=0,
+    adapter_misses=0,
+    adapter_loads=0,
+    adapter_failures=0,
+    adapter_load_seconds=0.0,
+    preemptions=0,
+    cached_tokens=0,
+    service={},
+)
 
 
 class Grammars:
@@ -185,8 +187,8 @@ class FakeEngine:
     async def adapters(self) -> list[Info]:
         return list(self.known.values())
 
-    async def stats(self) -> State:
-        return State(running=self.running)
+    async def stats(self) -> EngineStats:
+        return replace(IDLE, running=self.running)
 
 
 def make_server(template: str | None = TEMPLATE, max_length: int = MAX_LENGTH, **options: Any) -> Server:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import httpx
 import openai
 import pytest
 from tests.serve.http.fakes import FakeEngine, default_script
@@ -93,6 +95,17 @@ def test_a_stream_says_what_one_answer_says(client: openai.OpenAI, engine: FakeE
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
             joined = [x for part in mine for x in getattr(part.logprobs, name)]
             assert joined == getattr(choice.logprobs, name), name
+
+
+def test_a_line_of_a_stream_is_one_for_every_reader(http: httpx.Client, engine: FakeEngine) -> None:
+    """httpx, like `str.splitlines`, ends a line at Unicode's line ends too."""
+    text = "a\x85b\u2028c\u2029d\x0ce\rf\ng"
+    engine.script = lambda request, index: text
+    asked = {"model": "tiny", "prompt": "a", "stream": True, "max_tokens": 100}
+    with http.stream("POST", "/v1/completions", json=asked) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    assert "".join(choice["text"] for line in lines[:-1] for choice in json.loads(line)["choices"]) == text
 
 
 def test_no_usage_unless_asked_for(client: openai.OpenAI, engine: FakeEngine) -> None:

@@ -1,15 +1,15 @@
 """The active set's host twin: which adapter has which number, ranks and vectors, and what has to be copied.
 
 An adapter stays in the set after its last row has left, until another needs its place: it may be asked for again.
-The set's size is the smallest pair of buckets that holds what runs; it grows at once, and shrinks when half of a
-smaller bucket would do, so that a load near an edge does not copy everything back and forth.
+The set's size is the smallest pair of buckets that holds what runs; it grows at once, and shrinks where a smaller
+bucket would be half empty, or saves three quarters: a load near an edge does not copy everything back and forth.
 
 No device work here: `update` says what to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +18,7 @@ from jaxtyping import Int
 
 from jora.serve.adapters.joining import Place
 from jora.serve.adapters.packing import Spec
-
-Version = Hashable  # what names an adapter: `AdapterVersion`
+from jora.serve.scheduling.sequence import AdapterVersion
 
 
 class Size(NamedTuple):
@@ -32,7 +31,7 @@ class Size(NamedTuple):
 class Member(NamedTuple):
     """An adapter in the set."""
 
-    version: Version
+    version: AdapterVersion
     spec: Spec
     place: Place
 
@@ -55,13 +54,13 @@ class ActiveSet:
         self.rank_buckets = (0, *rank_buckets)
         self.product_buckets = (0, *product_buckets)
         self.size = Size(0, 0)
-        self.members: dict[Version, Member] = {}
+        self.members: dict[AdapterVersion, Member] = {}
 
     def sizes(self) -> list[Size]:
         """Every size that may occur."""
         return [Size(ranks, products) for ranks in self.rank_buckets for products in self.product_buckets]
 
-    def fits(self, rows: Iterable[tuple[Version, Spec]]) -> bool:
+    def fits(self, rows: Iterable[tuple[AdapterVersion, Spec]]) -> bool:
         """Whether the adapters of these rows can run together; one entry a row, base rows left out.
 
         Ranks and products count once an adapter; extra products (all but the first) once a row.
@@ -71,7 +70,7 @@ class ActiveSet:
         extra = sum(max(spec.products - 1, 0) for _, spec in rows)
         return ranks <= self.rank_buckets[-1] and max(products, extra) <= self.product_buckets[-1]
 
-    def update(self, wanted: Mapping[Version, Spec]) -> Update:
+    def update(self, wanted: Mapping[AdapterVersion, Spec]) -> Update:
         """Make room for all of `wanted`, which must fit; others may stay or go. Deterministic.
 
         Raises ValueError where they do not fit.
@@ -95,18 +94,18 @@ class ActiveSet:
             joined.append(self._add(version, wanted[version], place))
         return Update(None, tuple(left), tuple(joined))
 
-    def remove(self, version: Version) -> int | None:
+    def remove(self, version: AdapterVersion) -> int | None:
         """Take an adapter out (it was unloaded); its number, to be passed to `leave`, or None where it was not in."""
         member = self.members.pop(version, None)
         return None if member is None else member.place.number
 
-    def numbers(self, rows: Sequence[Version | None]) -> Int[np.ndarray, " b"]:
+    def numbers(self, rows: Sequence[AdapterVersion | None]) -> Int[np.ndarray, " b"]:
         """The number of each row's adapter, -1 for the base."""
         found = [-1 if version is None else self.members[version].place.number for version in rows]
         return np.array(found, np.int32)
 
     def expanded(
-        self, rows: Sequence[Version | None], extra: int
+        self, rows: Sequence[AdapterVersion | None], extra: int
     ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " E"]]:
         """(vector [b + extra], row [extra]) of `active.Expanded`: each row's first vector, then the others."""
         vector = [0] * len(rows)
@@ -123,7 +122,7 @@ class ActiveSet:
         padding = extra - len(row)
         return np.array(vector + more + [0] * padding, np.int32), np.array(row + [len(rows)] * padding, np.int32)
 
-    def _size_for(self, wanted: Mapping[Version, Spec]) -> Size:
+    def _size_for(self, wanted: Mapping[AdapterVersion, Spec]) -> Size:
         if not wanted:
             return self.size
         needs = _needs(wanted)
@@ -132,7 +131,7 @@ class ActiveSet:
             _bucket(self.product_buckets, self.size.products, needs.products),
         )
 
-    def _rebuild(self, wanted: Mapping[Version, Spec], size: Size) -> Update:
+    def _rebuild(self, wanted: Mapping[AdapterVersion, Spec], size: Size) -> Update:
         self.size, self.members = size, {}
         joined = []
         for version, spec in wanted.items():
@@ -141,7 +140,7 @@ class ActiveSet:
             joined.append(self._add(version, spec, place))
         return Update(size, (), tuple(joined))
 
-    def _add(self, version: Version, spec: Spec, place: Place) -> Member:
+    def _add(self, version: AdapterVersion, spec: Spec, place: Place) -> Member:
         self.members[version] = member = Member(version, spec, place)
         return member
 
@@ -157,7 +156,7 @@ class ActiveSet:
         return Place(next(n for n in range(len(numbers) + 1) if n not in numbers), rank, 1 + vector)
 
 
-def _needs(wanted: Mapping[Version, Spec]) -> Size:
+def _needs(wanted: Mapping[AdapterVersion, Spec]) -> Size:
     return Size(sum(s.rank for s in wanted.values()), sum(s.products for s in wanted.values()))
 
 

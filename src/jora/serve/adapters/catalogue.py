@@ -17,6 +17,7 @@ from pathlib import Path
 from jora.errors import InputError
 from jora.methods.storage import OWN_CONFIG, PEFT_CONFIG, WEIGHTS
 from jora.models.config import ModelConfig
+from jora.models.model import Model
 from jora.serve.adapters.describe import AdapterInfo, Entry, describe
 from jora.serve.adapters.validation import MAX_PARTS, Fingerprint, check_name, confined, fingerprint
 from jora.serve.requests import UnknownAdapter
@@ -53,6 +54,14 @@ class Catalogue:
         self._withdrawn: set[str] = set()  # unloaded names of the directory
         self._retired: list[AdapterVersion] = []
         self._infos: dict[AdapterVersion, AdapterInfo] = {}
+
+    @classmethod
+    def of(cls, adapters: str | os.PathLike[str] | Catalogue | None, model: Model) -> Catalogue:
+        """A catalogue as it is, or one of a directory for this base."""
+        if isinstance(adapters, Catalogue):
+            return adapters
+        directory = None if adapters is None else Path(adapters).expanduser()
+        return cls(directory, model.config, model.identity)
 
     def resolve(self, name: str) -> AdapterVersion:
         """The version that a request for this name runs with: a few file stats.

@@ -23,7 +23,7 @@ from jora.serve.adapters.resident import PendingCopy
 from jora.serve.device import sampling
 from jora.serve.device.programs import Program, PromptScores, SoftPrompt, decode, prefill
 from jora.serve.device.results import Pending
-from jora.serve.device.sample_rows import RowTable, prompt_bits, token_counts
+from jora.serve.device.sample_rows import RowTable, at_step, prompt_bits, token_counts
 from jora.serve.device.sampling import SampleRows
 from jora.serve.options import EngineOptions
 from jora.serve.pages.layout import PoolLayout
@@ -84,7 +84,7 @@ class Executor:
         for number in update.leave:
             self.active = joining.leave(self.active, number)
         for member in update.join:
-            spec, pages = wanted[member.version]  # type: ignore[index]
+            spec, pages = wanted[member.version]
             self.active = joining.join(
                 self.active,
                 self.pool,
@@ -254,7 +254,7 @@ class Executor:
         self.samples, token = sampling.first(
             forward.chunk_logits,
             self.samples,
-            row._replace(step=np.array([_step(sequence)], np.int32)),  # type: ignore[arg-type]
+            at_step(row, np.array([_step(sequence)], np.int32)),
             np.int32(sequence.slot),
             self._mask({0: masks[sequence]} if sequence in masks else {}, 1),
             layout=self.model.layout,

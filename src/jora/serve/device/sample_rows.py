@@ -62,6 +62,16 @@ def _padded(values: Sequence[float], length: int, dtype: Any, filler: int) -> An
     return array
 
 
+def at_step(rows: SampleRows, steps: Any) -> SampleRows:
+    """These rows, at these steps (int32, tokens that each has generated)."""
+    return rows._replace(step=steps)
+
+
+def answer_seed(seed: int, index: int) -> int:
+    """Every answer of a request has draws of its own."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+
 class RowTable:
     """The rows of the decode batch; on the device again only when one has changed."""
 
@@ -85,8 +95,7 @@ class RowTable:
         """All rows, at these steps (tokens that each has generated)."""
         if self._device is None:
             self._device = jax.tree.map(jax.numpy.asarray, self._host)
-        # A copy here too: the caller may count on in place.
-        return self._device._replace(step=np.array(steps, np.int32))  # type: ignore[arg-type]
+        return at_step(self._device, np.array(steps, np.int32))  # a copy here too: the caller may count on in place
 
 
 def _with_row(table: np.ndarray, slot: int, row: np.ndarray) -> np.ndarray:

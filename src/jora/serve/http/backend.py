@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
-from jora.serve.http.metrics import EngineState
 from jora.serve.requests import Event, Request
+from jora.serve.stats import EngineStats
 
 
 class AdapterInfo(Protocol):
@@ -44,7 +44,7 @@ class Backend(Protocol):
 
     async def adapters(self) -> Sequence[AdapterInfo]: ...
 
-    async def stats(self) -> EngineState:
+    async def stats(self) -> EngineStats:
         """What the engine is doing, for the metrics."""
         ...
 

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from jora.errors import InputError
 from jora.serve.http.errors import ApiError, ClientGone
 from jora.serve.requests import Event, Rejected
+from jora.serve.stats import EngineStats
 
 CLIENTS = 50
 OTHER = "other"
@@ -28,41 +29,6 @@ _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 _WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 _BAD = ("cancelled", "deadline", "error")  # ways to finish
-
-
-class EngineState(Protocol):
-    """The part of `EngineStats` that is shown; what is counted is counted since the start."""
-
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def running(self) -> int: ...
-    @property
-    def pool_pages(self) -> Mapping[str, int]:
-        """By owner: "free", "kv", "adapter", "cache"."""
-        ...
-
-    @property
-    def adapters(self) -> Mapping[str, int]:
-        """Number of adapters by where they are: "resident" (in the pool), "host", "known" (all that are served)."""
-        ...
-
-    @property
-    def adapter_hits(self) -> int: ...
-    @property
-    def adapter_misses(self) -> int: ...
-    @property
-    def adapter_loads(self) -> int: ...
-    @property
-    def adapter_failures(self) -> int: ...
-    @property
-    def adapter_load_seconds(self) -> float: ...
-    @property
-    def preemptions(self) -> int: ...
-    @property
-    def service(self) -> Mapping[str, float]:
-        """Weighted tokens that each client was given."""
-        ...
 
 
 class _Clients:
@@ -84,7 +50,7 @@ class _EngineCollector(Collector):
     """Shows the engine's state as it was last given."""
 
     def __init__(self, clients: _Clients) -> None:
-        self.state: EngineState | None = None
+        self.state: EngineStats | None = None
         self.clients = clients
 
     def collect(self) -> Iterator[Metric]:
@@ -168,7 +134,7 @@ class Metrics:
             for seconds in observed.paces():
                 self.per_token.observe(seconds)
 
-    def render(self, accept: str | None, state: EngineState) -> tuple[bytes, str]:
+    def render(self, accept: str | None, state: EngineStats) -> tuple[bytes, str]:
         """The metrics in the format that an `Accept` header asks for (Prometheus or OpenMetrics), and its name.
 
         state: the engine's, now. Called on the event loop's thread alone.

@@ -186,5 +186,10 @@ async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[bytes]:
     yield event("[DONE]")
 
 
+# Unicode's line ends, which JSON leaves as they are. Server-sent events end their lines at CR and LF only,
+# but many readers (Python's `str.splitlines`, httpx's `iter_lines`) end them at these as well.
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
+
+
 def event(data: str) -> bytes:
-    return b"data: " + data.encode() + b"\n\n"
+    return b"data: " + data.translate(_LINE_ENDS).encode() + b"\n\n"

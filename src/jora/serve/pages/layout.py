@@ -102,6 +102,13 @@ class PoolLayout:
         """Pages of an adapter whose stream has so many elements on each device."""
         return -(-elements // self.elements)
 
+    def pages_in(self, pool_bytes: int) -> int:
+        """Pages of a pool of so many bytes over all devices. Raises InputError where it has none to give."""
+        count = pool_bytes // self.page_bytes
+        if count < 2:
+            raise InputError(f"a pool of {pool_bytes:,} bytes holds no page of {self.page_bytes:,}; make it larger")
+        return count
+
     def new_pool(self, pages: int, layout: Layout) -> Float[Array, "pages shards elements"]:
         """An empty pool, cut over the tensor devices."""
         shape = (pages, self.shards, self.elements)
