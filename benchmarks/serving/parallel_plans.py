@@ -34,7 +34,8 @@ from jora.methods.lora import site_shape
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import LINEARS, ModelConfig
 from jora.models.params import Params, abstract_params
-from jora.serve.adapters.active import Active, ActiveProjection, Expanded, new_active
+from jora.serve.adapters.active import Active, new_active
+from jora.serve.adapters.projection import Expanded
 from jora.serve.device.programs import Program, decode, prefill
 from jora.serve.pages.layout import PoolLayout
 from jora.sharding import Layout
@@ -53,18 +54,20 @@ B_SCALE = 0.05  # of its entries: an adapter then adds about as much as the weig
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SLoraProjection(ActiveProjection):
+class SLoraProjection:
     """One target's factors, both cut over all tensor devices."""
+
+    a: Float[Array, "*in R"]
+    b: Float[Array, "R *out"]
 
     def apply(self, x: Array, dense: Dense, site: Site, rows: Rows) -> Array:
         mask = site.shared.mask
-        assert self.a is not None and self.b is not None
         into, out = _input_spec(dense), _output_spec(dense)
         if site.target not in ROW_PARALLEL:
-            gather = _on_devices(_column, dense, (P(), P(TENSOR), P(None, *out), P(None, None, TENSOR)), out)
+            gather = _on_devices(_column, dense, (P(), P(None, TENSOR), P(None, *out), P(None, None, TENSOR)), out)
             return dense(x) + gather(x, self.a, self.b, mask)
         assert dense.bias is None and {*mesh_axes(into)} == {*TENSOR}
-        specs = (P(None, None, *into), P(*into), P(None, *into), P(None, TENSOR), P())
+        specs = (P(None, None, *into), P(*into), P(*into), P(None, TENSOR), P())
         return dense.with_weight(_on_devices(_row, dense, specs, P()), x, self.a, self.b, mask)
 
 
@@ -85,8 +88,8 @@ def _row(x: Array, weight: Array, a: Array, b: Array, mask: Array) -> Array:
     return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(partial_sum, before + own, at, 2), TENSOR)
 
 
-def _inner(x: Float[Array, "b s *in"], a: Float[Array, "R *in"]) -> Float[Array, "b s R"]:
-    return jnp.tensordot(x, a, (tuple(range(2, x.ndim)), tuple(range(1, a.ndim))))
+def _inner(x: Float[Array, "b s *in"], a: Float[Array, "*in R"]) -> Float[Array, "b s R"]:
+    return jnp.tensordot(x, a, x.ndim - 2)
 
 
 def _on_devices(function: Callable[..., Array], dense: Dense, specs: Sequence[P], out: P) -> Callable[..., Array]:
@@ -114,7 +117,12 @@ class CutActive(Active):
 
     def bind_decode(self, numbers: Int[Array, " b"], expanded: Expanded | None = None) -> Bound:
         bound = super().bind_decode(numbers, expanded)
-        cut = {target: SLoraProjection(self.a[target], self.b[target], None, None) for target in self.targets}
+        cut = {
+            target: SLoraProjection(a[..., group.index(target), :], self.b[target])
+            for group, a in self.a.items()
+            for target in group
+            if target in self.targets
+        }
         return replace(bound, layers={**bound.layers, **cut})
 
 
@@ -124,7 +132,8 @@ def cut_further(active: Active, layout: Layout, targets: tuple[str, ...]) -> Cut
     def cut(x: Array, axis: int) -> Array:
         return jax.device_put(x, NamedSharding(layout.mesh, P(*(None,) * axis, TENSOR)))
 
-    a = {t: cut(x, 1) if t in targets and t not in ROW_PARALLEL else x for t, x in active.a.items()}
+    columns = {target for target in targets if target not in ROW_PARALLEL}
+    a = {group: cut(x, x.ndim - 1) if columns.issuperset(group) else x for group, x in active.a.items()}
     b = {t: cut(x, 2) if t in targets and t in ROW_PARALLEL else x for t, x in active.b.items()}
     others = {each.name: getattr(active, each.name) for each in fields(active)}
     return CutActive(**{**others, "a": a, "b": b}, targets=targets)
@@ -167,8 +176,7 @@ def draw(shapes: Any, random: np.random.Generator, scale: float, norms: float = 
 def random_active(config: ModelConfig, layout: Layout, ranks: int, shape: Shape, random: np.random.Generator) -> Active:
     """An active set full of factors in the training layout: adapters of differing ranks (prefill: one)."""
     empty = new_active(config, layout, LINEARS, ranks, 0, jnp.float32)
-    sizes = {target: site_shape(config, target).in_size for target in LINEARS}
-    a = {target: draw(x, random, sizes[target] ** -0.5) for target, x in empty.a.items()}
+    a = {group: draw(x, random, site_shape(config, group[0]).in_size ** -0.5) for group, x in empty.a.items()}
     eighths = RANKS_OF_BATCH if shape.step == "decode" else (8,)
     owner = np.repeat(np.arange(len(eighths), dtype=np.int32), [part * ranks // 8 for part in eighths])
     b = draw(empty.b, random, B_SCALE)

@@ -1,22 +1,16 @@
-"""The active set on the device: the factors of the adapters that run, side by side, and how the decoder reads them.
-
-    y = sum_j v_j * ((u_j * x) W) + ((x A^T) * M) B + bias      M[row, rank] = (owner[rank] == the row's adapter)
-
-One dense product reads the factors of all adapters, whatever their ranks; the mask keeps each row to its own. Rows
-whose adapter scales the base's products take vectors u and v of their own (entry 0 is ones: the base); a row with
-j products stands j times in the product's input, so W is read once.
+"""The active set on the device: the factors of the adapters that run, side by side (`projection` reads them).
 
 `Active` is written when an adapter joins (see `joining`), not in every step.
 
-Shape legend: L layers, b rows, s tokens, R ranks, S vectors (1 + base products), E extra rows, N = b + E.
+Shape legend: L layers, M readers of the same activations, b rows, R ranks, S vectors (1 + base products).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,115 +18,33 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from jora.kernels.on_shards import on_shards
-from jora.kernels.widen import widen
-from jora.models.adapted import Bound, Dense, Rows, Site
+from jora.methods.lora import site_shape
+from jora.models.adapted import Bound
 from jora.models.config import ModelConfig
-from jora.serve.adapters.packing import Part, TargetSpec, target_parts
+from jora.serve.adapters.packing import TargetSpec, target_parts
+from jora.serve.adapters.projection import ActiveProjection, Expanded, Shared
 from jora.sharding import Layout
-from jora.sharding.layout import mesh_axes
+
+# Linears that read the same activations.
+READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
-class Expanded(NamedTuple):
-    """Which vectors scale which products: of the b rows themselves, then of the extra ones.
-
-    vector: entry of u and v. row: the row that an extra product belongs to; b where it is only padding.
-    """
-
-    vector: Int[Array, " N"] | Int[np.ndarray, " N"]
-    row: Int[Array, " E"] | Int[np.ndarray, " E"]
-
-
-class Shared(NamedTuple):
-    """What the projections of all layers share in one step."""
-
-    mask: Bool[Array, "b 1 R"]
-    expanded: Expanded | None
-    scales_bias: Bool[Array, " S"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ActiveProjection:
-    """One target's part; leaves gain a leading layer axis outside the scan. None: this form is not there."""
-
-    a: Float[Array, "R *in"] | None
-    b: Float[Array, "R *out"] | None
-    u: Float[Array, "S *in"] | None
-    v: Float[Array, "S *out"] | None
-
-    def apply(self, x: Array, dense: Dense, site: Site, rows: Rows) -> Array:
-        shared: Shared = site.shared
-        y = dense(x) if self.u is None else self._products(x, dense, shared)
-        return y if self.a is None else y + self._low_rank(x, dense.layout, shared.mask)
-
-    def _low_rank(self, x: Float[Array, "b s *in"], layout: Layout, mask: Array) -> Float[Array, "b s *out"]:
-        """((x A^T) * M) B in x's dtype with fp32 sums; devices exchange [tokens, rank] alone."""
-        assert self.a is not None and self.b is not None
-        a = self.a
-        if layout.devices == 1:  # a sum over several axes (o_proj's heads) would transpose A in every step
-            x, a = x.reshape(*x.shape[:2], -1), a.reshape(a.shape[0], -1)
-        contract = (tuple(range(2, x.ndim)), tuple(range(1, a.ndim)))
-        inner = layout.constrain(_product(x, a, contract).astype(x.dtype), None, None, None)
-        return _product(jnp.where(mask, inner, 0), self.b, ((2,), (0,))).astype(x.dtype)
-
-    def _products(self, x: Float[Array, "b s *in"], dense: Dense, shared: Shared) -> Float[Array, "b s *out"]:
-        """sum_j v_j * ((u_j * x) W), each weight read once, and the bias."""
-        assert self.u is not None and self.v is not None and shared.expanded is not None
-        vector, row = shared.expanded
-        u, v = self.u[vector].astype(jnp.float32), self.v[vector].astype(jnp.float32)
-        cut = tuple(None if axis == "embed" else axis for axis in dense.in_axes + dense.out_axes)
-        into, out, layout = cut[: dense.inputs], cut[dense.inputs :], dense.layout
-
-        def product(x: Array, weight: Array, u: Array, v: Array) -> Array:
-            over = mesh_axes(layout.spec(cut, weight.shape)[: dense.inputs]) if layout.devices > 1 else ()
-            axes = ((None, None, *into), cut, (None, *into), (None, *out), (None,))
-            shape = (*x.shape[:2], *weight.shape[dense.inputs :])
-            return on_shards(
-                partial(_sum, over=over), layout, (x, weight, u, v, jnp.asarray(row)), axes, (None, None, *out), shape
-            )
-
-        y = dense.with_weight(product, x, u, v)
-        if dense.bias is None:
-            return y
-        scaled = jnp.where(
-            shared.scales_bias[vector[: x.shape[0]]].reshape(-1, *(1,) * (v.ndim - 1)), v[: x.shape[0]], 1
-        )
-        return y + (dense.bias * scaled[:, None]).astype(y.dtype)
-
-
-def _sum(x: Array, weight: Array, u: Array, v: Array, row: Array, over: tuple[str, ...]) -> Array:
-    """One device's part, summed over j before devices exchange anything; `over`: mesh axes that cut the input."""
-    rows, own = x.shape[0], x.ndim - 2
-    wide = jnp.concatenate([x, x.at[row].get(mode="clip")]) if row.size else x
-    scaled = (wide.astype(jnp.float32) * u[:, None]).astype(x.dtype)
-    terms = _product(scaled, weight, (tuple(range(2, 2 + own)), tuple(range(own)))).astype(x.dtype)
-    # The CPU compiler of jax 0.10 fuses a product with what sums parts of it, and may return what it never wrote.
-    terms = jax.lax.optimization_barrier(terms)
-    terms = terms.astype(jnp.float32) * v[:, None]
-    y = terms[:rows]
-    if row.size:
-        y = y.at[row].add(terms[rows:], mode="drop")
-    y = y.astype(x.dtype)
-    return jax.lax.psum(y, over) if over else y
-
-
-def _product(x: Array, y: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
-    """Sum over the paired dimensions, in fp32."""
-    x, y = widen(x, y.astype(x.dtype))
-    return jax.lax.dot_general(x, y, (contract, ((), ())), preferred_element_type=jnp.float32)
+def readers_of(targets: Sequence[str]) -> list[tuple[str, ...]]:
+    """Those of `targets` that read the same activations, group by group."""
+    served = (tuple(target for target in group if target in targets) for group in READERS)
+    return [group for group in served if group]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Active:
-    """The factors of all running adapters, by target, in the base's dtype.
+    """The factors of all running adapters in the base's dtype, by target; A by the targets that read the same.
 
     owner: number of the adapter that a rank belongs to, -1 where it is free; what free ranks hold is finite.
     scales_bias: whether the products of a vector take the bias with them. Entry 0 of u and v is ones.
     """
 
-    a: Mapping[str, Float[Array, "L R *in"]]
+    a: Mapping[tuple[str, ...], Float[Array, "L *in M R"]]
     b: Mapping[str, Float[Array, "L R *out"]]
     u: Mapping[str, Float[Array, "L S *in"]]
     v: Mapping[str, Float[Array, "L S *out"]]
@@ -156,9 +68,15 @@ class Active:
         """
         mask = ((self.owner >= 0) & (self.owner == numbers[:, None]))[:, None]
         u, v = (self.u, self.v) if expanded is not None else ({}, {})
-        targets = dict.fromkeys([*self.a, *u])
-        layers = {t: ActiveProjection(self.a.get(t), self.b.get(t), u.get(t), v.get(t)) for t in targets}
-        return Bound(layers, shared=Shared(mask, expanded, self.scales_bias))
+        readers = {target: group for group in self.a for target in group}
+        layers = {
+            target: ActiveProjection(self.b.get(target), u.get(target), v.get(target), readers.get(target, ()))
+            for target in dict.fromkeys([*self.b, *u])
+        }
+        return Bound(layers, shared=Shared(self.a, mask, expanded, self.scales_bias))
+
+
+K = TypeVar("K")
 
 
 class PartShape(NamedTuple):
@@ -178,14 +96,14 @@ def part(active: Active, rank: Int[Array, ""] | int, vector: Int[Array, ""] | in
     def window_of(x: Array, start: Array | int, size: int, axis: int, filler: int = 0) -> Array:
         own = min(size, x.shape[axis])
         taken = jax.lax.dynamic_slice_in_dim(x, start, own, axis)
-        widths = [(0, size - own if dimension == axis else 0) for dimension in range(x.ndim)]
+        widths = [(0, size - own if dimension == axis % x.ndim else 0) for dimension in range(x.ndim)]
         return jnp.pad(taken, widths, constant_values=filler)
 
-    def factors(stacks: Mapping[str, Array], start: Array | int, size: int) -> dict[str, Array]:
-        return {target: window_of(x, start, size, 1) for target, x in stacks.items()} if size else {}
+    def factors(stacks: Mapping[K, Array], start: Array | int, size: int, axis: int = 1) -> dict[K, Array]:
+        return {key: window_of(x, start, size, axis) for key, x in stacks.items()} if size else {}
 
     return Active(
-        factors(active.a, rank, shape.ranks),
+        factors(active.a, rank, shape.ranks, axis=-1),
         factors(active.b, rank, shape.ranks),
         factors(active.u, vector, shape.vectors),
         factors(active.v, vector, shape.vectors),
@@ -208,22 +126,37 @@ def window(total: int, rank: int) -> int:
     return next((width for width in windows(total) if width >= rank), total)
 
 
+class ActivePart(NamedTuple):
+    """One array of an active set. key: a target, of A the targets that read the same; axes: logical."""
+
+    name: str  # "a", "b", "u" or "v"
+    key: Any
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def active_parts(config: ModelConfig, targets: tuple[str, ...], ranks: int, vectors: int) -> Iterator[ActivePart]:
+    """The arrays of an active set."""
+    for group in readers_of(targets) if ranks else ():
+        site = site_shape(config, group[0])
+        shape = (config.layers, *site.in_shape, len(group), ranks)
+        yield ActivePart("a", group, shape, (None, *site.in_axes, None, None))
+    for target in targets:
+        for part in target_parts(config, TargetSpec(target, ranks, vectors)):
+            if part.name != "a":
+                yield ActivePart(part.name, target, part.shape, part.axes)
+
+
 @lru_cache(maxsize=64)
 def active_shardings(config: ModelConfig, layout: Layout, targets: tuple[str, ...], ranks: int, vectors: int) -> Any:
     """How an active set lies on the devices. Every program that makes one is held to these: another form of the same
     sharding would compile all programs that read the set once more.
     """
-    found: dict[str, dict[str, NamedSharding]] = {name: {} for name in "abuv"}
+    found: dict[str, dict[Any, NamedSharding]] = {name: {} for name in "abuv"}
     for part in active_parts(config, targets, ranks, vectors):
-        found[part.name][part.target] = part.sharding(layout)
+        found[part.name][part.key] = layout.sharding(part.axes, part.shape)
     whole = layout.sharding((None,))
     return Active(**found, owner=whole, scales_bias=whole)  # type: ignore[arg-type]
-
-
-def active_parts(config: ModelConfig, targets: tuple[str, ...], ranks: int, vectors: int) -> Iterator[Part]:
-    """The arrays of an active set."""
-    for target in targets:
-        yield from target_parts(config, TargetSpec(target, ranks, vectors))
 
 
 def new_active(
@@ -241,10 +174,10 @@ def _empty(
     """A program kept, so that a set may be made anew without compiling."""
 
     def empty() -> Active:
-        arrays: dict[str, dict[str, Array]] = {name: {} for name in "abuv"}
+        arrays: dict[str, dict[Any, Array]] = {name: {} for name in "abuv"}
         for part in active_parts(config, targets, ranks, vectors):
             zeros = jnp.zeros(part.shape, dtype)
-            arrays[part.name][part.target] = zeros if part.name in "ab" else zeros.at[:, 0].set(1)
+            arrays[part.name][part.key] = zeros if part.name in "ab" else zeros.at[:, 0].set(1)
         return Active(**arrays, owner=jnp.full(ranks, -1, jnp.int32), scales_bias=jnp.zeros(vectors, bool))
 
     return jax.jit(empty, out_shardings=active_shardings(config, layout, targets, ranks, vectors))

@@ -136,7 +136,7 @@ def _shape(
 
 def _targets(active: Active) -> tuple[str, ...]:
     """In the stream's order (a dictionary that went through a program has its keys sorted)."""
-    return tuple(target for target in LINEARS if target in active.a or target in active.u)
+    return tuple(target for target in LINEARS if target in active.b or target in active.u)
 
 
 def leave(active: Active, number: int) -> Active:
@@ -174,20 +174,22 @@ def _join_local(active: Active, pool: Array, pages: Array, data: _Data, *, progr
     shape = program.shape
     stream = pool[pages, 0].reshape(-1)
     most, most_products = jnp.max(data.ranks), jnp.max(data.products)
-    arrays: dict[str, dict[str, Array]] = {name: dict(getattr(active, name)) for name in "abuv"}
+    arrays: dict[str, dict[Any, Array]] = {name: dict(getattr(active, name)) for name in "abuv"}
+    readers = {target: group for group in active.a for target in group}
     at = jnp.int32(0)
     for number, target in enumerate(program.targets):
         for name in "abuv":
-            if target not in arrays[name]:
+            key = readers.get(target) if name == "a" else target
+            if key not in arrays[name]:
                 continue
-            old = arrays[name][target]
+            stack = _Stack(arrays[name][key], readers[target].index(target) if name == "a" else None)
             if name in "ab":
                 entries = _Entries(data.ranks[number], data.rank, most, shape.ranks, identity=False)
             else:
                 entries = _Entries(data.products[number], data.vector, most_products, shape.vectors, identity=True)
             if entries.width:
-                arrays[name][target] = _written(old, stream, at, entries)
-            at += old.shape[0] * entries.own * math.prod(old.shape[2:])
+                arrays[name][key] = _written(stack, stream, at, entries)
+            at += stack.array.shape[0] * entries.own * math.prod(stack.features)
     return Active(
         **arrays,
         owner=jnp.where(_within(active.ranks, data.rank, most), data.number, active.owner),
@@ -216,25 +218,52 @@ class _Entries(NamedTuple):
     identity: bool
 
 
-def _written(
-    old: Float[Array, "L R *features"], stream: Float[Array, " elements"], at: Int[Array, ""], entries: _Entries
-) -> Float[Array, "L R *features"]:
-    """`old` with the entries that begin at `at` of the stream."""
+class _Stack(NamedTuple):
+    """One target's entries in an array of the active set: [L, R, *features], or [L, *features, M, R] of one reader."""
+
+    array: Array
+    reader: int | None
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self.array.shape
+        return shape[2:] if self.reader is None else shape[1:-2]
+
+    @property
+    def total(self) -> int:
+        return int(self.array.shape[1 if self.reader is None else -1])
+
+    def window(self, first: Array, width: int) -> Float[Array, "L w *features"]:
+        """So many entries, from `first` on."""
+        if self.reader is None:
+            return jax.lax.dynamic_slice_in_dim(self.array, first, width, axis=1)
+        own = jax.lax.slice_in_dim(self.array, self.reader, self.reader + 1, axis=-2)[..., 0, :]
+        return jnp.moveaxis(jax.lax.dynamic_slice_in_dim(own, first, width, axis=-1), -1, 1)
+
+    def updated(self, new: Float[Array, "L w *features"], first: Array) -> Array:
+        """The array with these entries from `first` on."""
+        if self.reader is None:
+            return jax.lax.dynamic_update_slice_in_dim(self.array, new, first, axis=1)
+        start: list[Any] = [*[0] * (self.array.ndim - 2), self.reader, first]
+        return jax.lax.dynamic_update_slice(self.array, jnp.moveaxis(new, 1, -1)[..., None, :], start)
+
+
+def _written(stack: _Stack, stream: Float[Array, " elements"], at: Int[Array, ""], entries: _Entries) -> Array:
+    """The stack's array with the entries that begin at `at` of the stream."""
     own, start, most, width, identity = entries
-    layers, total, *features = old.shape
+    layers, features, dtype = stack.array.shape[0], stack.features, stack.array.dtype
     size = math.prod(features)
-    first = jnp.clip(start, 0, total - width)  # of the window, which may begin before `start`
+    first = jnp.clip(start, 0, stack.total - width)  # of the window, which may begin before `start`
     entry = jnp.arange(width, dtype=jnp.int32) - (start - first)
     taken = jnp.clip(entry, 0, jnp.maximum(own - 1, 0))
     begins = at + (jnp.arange(layers, dtype=jnp.int32)[:, None] * own + taken) * size
     read = jax.vmap(jax.vmap(lambda begin: jax.lax.dynamic_slice(stream, (begin,), (size,))))(begins)
-    read = read.reshape(layers, width, *features).astype(old.dtype)
+    read = read.reshape(layers, width, *features).astype(dtype)
 
     def wide(chosen: Array) -> Array:
         return chosen.reshape(1, -1, *(1,) * len(features))
 
-    padding = jnp.where(wide((entry == 0) & (own == 0) & identity), 1, 0).astype(old.dtype)
-    kept = jax.lax.dynamic_slice_in_dim(old, first, width, axis=1)
+    padding = jnp.where(wide((entry == 0) & (own == 0) & identity), 1, 0).astype(dtype)
     new = jnp.where(wide(entry < own), read, padding)
-    new = jnp.where(wide((entry >= 0) & (entry < most)), new, kept)
-    return jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=1)
+    new = jnp.where(wide((entry >= 0) & (entry < most)), new, stack.window(first, width))
+    return stack.updated(new, first)

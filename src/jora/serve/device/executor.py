@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Float32, UInt32
 
 from jora.models.model import Model
 from jora.serve.adapters import joining
-from jora.serve.adapters.active import Active, Expanded, PartShape, new_active, part, windows
+from jora.serve.adapters.active import Active, PartShape, new_active, part, windows
 from jora.serve.adapters.active_set import ActiveSet, Size
 from jora.serve.adapters.packing import Spec
 from jora.serve.adapters.pool_writes import write_pages
+from jora.serve.adapters.projection import Expanded
 from jora.serve.adapters.resident import PendingCopy
 from jora.serve.device import sampling
 from jora.serve.device.programs import Program, PromptScores, SoftPrompt, decode, prefill

@@ -21,7 +21,8 @@ from jora.models.adapted import BASE, Bound, Rows
 from jora.models.config import ModelConfig
 from jora.models.paged import POOL_AXES, PagedCache
 from jora.models.params import Params
-from jora.serve.adapters.active import Active, Expanded
+from jora.serve.adapters.active import Active
+from jora.serve.adapters.projection import Expanded
 from jora.serve.device.sampling import Sampled, described
 from jora.serve.pages.layout import PoolLayout
 from jora.sharding import Layout

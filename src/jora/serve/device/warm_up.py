@@ -11,9 +11,10 @@ from jax import Array
 
 from jora.reporting import Reporter
 from jora.serve.adapters import joining
-from jora.serve.adapters.active import Active, Expanded, PartShape, part
+from jora.serve.adapters.active import Active, PartShape, part
 from jora.serve.adapters.active_set import Size
 from jora.serve.adapters.pool_writes import write_pages
+from jora.serve.adapters.projection import Expanded
 from jora.serve.device import sampling
 from jora.serve.device.executor import Executor, chunk_widths, part_shapes
 from jora.serve.device.programs import decode, prefill
