@@ -61,7 +61,7 @@ class SLoraProjection:
     b: Float[Array, "R *out"]
 
     def apply(self, x: Array, dense: Dense, site: Site, rows: Rows) -> Array:
-        mask = site.shared.mask
+        mask = site.shared.mask[:, :, 0]
         into, out = _input_spec(dense), _output_spec(dense)
         if site.target not in ROW_PARALLEL:
             gather = _on_devices(_column, dense, (P(), P(None, TENSOR), P(None, *out), P(None, None, TENSOR)), out)

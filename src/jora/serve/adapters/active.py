@@ -66,7 +66,7 @@ class Active:
         numbers: of each row's adapter, -1 for the base. expanded: None (static) where no row has base products of its
         own.
         """
-        mask = ((self.owner >= 0) & (self.owner == numbers[:, None]))[:, None]
+        mask = ((self.owner >= 0) & (self.owner == numbers[:, None]))[:, None, None]
         u, v = (self.u, self.v) if expanded is not None else ({}, {})
         readers = {target: group for group in self.a for target in group}
         layers = {

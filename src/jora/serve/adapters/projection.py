@@ -44,7 +44,7 @@ class Shared(NamedTuple):
     """What the projections of all layers share in one step. a: `Active.a`."""
 
     a: Mapping[tuple[str, ...], Float[Array, "L *in M R"]]
-    mask: Bool[Array, "b 1 R"]
+    mask: Bool[Array, "b 1 1 R"]
     expanded: Expanded | None
     scales_bias: Bool[Array, " S"]
 
@@ -70,12 +70,12 @@ class ActiveProjection:
         """((x A) * M) B in x's dtype with fp32 sums; devices exchange [tokens, rank] alone."""
         assert self.b is not None
         shared: Shared = site.shared
-        # Every reader writes this product down, over the same arrays: the compiler keeps one of them.
+        # Every reader writes this product and its mask down, over the same arrays: the compiler keeps one of them.
         a = jax.lax.dynamic_index_in_dim(shared.a[self.readers], site.layer, 0, keepdims=False)
         contract = (tuple(range(2, x.ndim)), tuple(range(x.ndim - 2)))
         inner = layout.constrain(_product(x, a, contract).astype(x.dtype), None, None, None, None)
-        own = inner[:, :, self.readers.index(site.target)]
-        return _product(jnp.where(shared.mask, own, 0), self.b, ((2,), (0,))).astype(x.dtype)
+        own = jnp.where(shared.mask, inner, 0)[:, :, self.readers.index(site.target)]
+        return _product(own, self.b, ((2,), (0,))).astype(x.dtype)
 
     def _products(self, x: Float[Array, "b s *in"], dense: Dense, shared: Shared) -> Float[Array, "b s *out"]:
         """sum_j v_j * ((u_j * x) W), each weight read once, and the bias."""
