@@ -401,13 +401,19 @@ def test_an_encoder_reads_while_others_are_served(
     method = jora.LoPA(prompt_tokens=6, rank=2, hidden=7, encoder=encoder)
     jora.save_adapter(randomised(method, base(), 11, 0.5), tmp_path / "adapters" / "read")
     jora.save_adapter(jora.load_adapter(shelf / "two", base()), tmp_path / "adapters" / "two")
-    may_read, read = threading.Event(), BertEncoder.encode
+    may_read, read, loaded = threading.Event(), BertEncoder.encode, []
 
     def slow(self: BertEncoder, texts: Sequence[str], *rest: Any) -> np.ndarray:
         assert may_read.wait(60)
         return read(self, texts, *rest)
 
+    def load(self: BertEncoder) -> Any:
+        loaded.append(self.path)
+        return read_weights(self)
+
+    read_weights = BertEncoder._read
     monkeypatch.setattr(BertEncoder, "encode", slow)
+    monkeypatch.setattr(BertEncoder, "_read", load)
     engine = engine_of(Catalogue(tmp_path / "adapters", base().config, base().identity, encoders=[encoder]))
     asked = prompt(26, 12)
     engine.submit(ask("read", asked, "read", n=2))
@@ -425,6 +431,8 @@ def test_an_encoder_reads_while_others_are_served(
         vector = theirs(**tokenizer("bert")(text_of, return_tensors="pt")).last_hidden_state[0, 0].numpy()
     expected = with_prefix(lopa_prefix(tmp_path / "adapters" / "read", vector), asked, 8)
     assert tokens(events["read"]) == tokens(events["read"], 1) == expected
+    assert tokens(run(engine, ask("again", asked, "read"))["again"]) == expected
+    assert loaded == [Path(encoder)]  # two prompts, one load
 
 
 def test_rows_of_the_base_alone_do_not_pay_for_adapters_that_ran_before(

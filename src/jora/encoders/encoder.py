@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ SENTENCE_TRANSFORMERS = "modules.json"  # what such a directory has and no other
 
 
 class Encoder(Protocol):
-    """Frozen: equal texts have equal vectors, whatever they are encoded with."""
+    """Frozen: equal texts have equal vectors (up to rounding), whatever they are encoded with."""
 
     @property
     def width(self) -> int:
@@ -37,19 +37,22 @@ class Encoder(Protocol):
         ...
 
     def encode(self, texts: Sequence[str], reporter: Reporter = SILENT) -> Float32[np.ndarray, "n h"]:
-        """A vector a text. Loads the weights, and keeps none of them."""
+        """A vector a text. Loads the weights, and keeps none of them unless it was opened to keep them."""
         ...
 
 
-def open_encoder(name: str) -> Encoder:
-    """The encoder of a directory or a hub id; its weights are read when they are needed.
+def open_encoder(name: str, keep: bool = False) -> Encoder:
+    """The encoder of a directory or a hub id; its weights are read when they are needed, and again each time.
+
+    keep: they stay loaded after the first use, for one text now and another then.
 
     Raises InputError where there is none, or one of an architecture that is not computed here.
     """
     path = resolve(name)
     if not path.is_dir():
         raise InputError(f"encoder {name}: not a model directory; give a BERT, RoBERTa or sentence-transformers one")
-    return SentenceEncoder(path) if (path / SENTENCE_TRANSFORMERS).is_file() else BertEncoder(path)
+    kind = SentenceEncoder if (path / SENTENCE_TRANSFORMERS).is_file() else BertEncoder
+    return kind(path, keep)
 
 
 class BertEncoder:
@@ -58,8 +61,8 @@ class BertEncoder:
     Longer texts lose their beginning, as in the reference of LoPA: what is asked stands at the end.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, keep: bool = False) -> None:
+        self.path, self._load = path, cache(self._read) if keep else self._read
         self.config = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
 
     @property
@@ -72,7 +75,7 @@ class BertEncoder:
 
     def encode(self, texts: Sequence[str], reporter: Reporter = SILENT) -> Float32[np.ndarray, "n h"]:
         ids = self.tokens(texts)
-        params = load_params(SafetensorsSource(self.path), self.config, str(self.path))
+        params = self._load()
         vectors = np.zeros((len(ids), self.width), np.float32)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         reporter.start(len(ids), "encoding prompts")
@@ -85,17 +88,26 @@ class BertEncoder:
         reporter.finish()
         return vectors
 
+    def _read(self) -> Any:
+        return load_params(SafetensorsSource(self.path), self.config, str(self.path))
+
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids with [CLS] and [SEP], at most as many as the encoder has positions."""
+        options = {"truncation": True, "max_length": self.config.max_tokens}
+        return self._tokenizer(list(texts), **options)["input_ids"] if texts else []
+
+    @cached_property
+    def _tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.path)
         tokenizer.truncation_side = "left"
-        return tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens)["input_ids"] if texts else []
+        return tokenizer
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         longest = max(map(len, ids))
         length = min(max(SHORTEST, 1 << (longest - 1).bit_length()), self.config.max_tokens)
-        tokens = np.full((ROWS, length), self.config.pad_id, np.int32)
-        lengths = np.ones((ROWS, 1), np.int32)
+        rows = 1 << (len(ids) - 1).bit_length()  # powers of two here as well, up to ROWS
+        tokens = np.full((rows, length), self.config.pad_id, np.int32)
+        lengths = np.ones((rows, 1), np.int32)
         for row, found in enumerate(ids):
             tokens[row, : len(found)] = found
             lengths[row] = len(found)
@@ -105,8 +117,8 @@ class BertEncoder:
 class SentenceEncoder:
     """Whatever sentence-transformers computes (extra `[dense]`; it brings torch with it), pooling included."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, keep: bool = False) -> None:
+        self.path, self._load = path, cache(self._read) if keep else self._read
 
     @cached_property
     def width(self) -> int:
@@ -117,6 +129,12 @@ class SentenceEncoder:
         return fingerprint(self.path)
 
     def encode(self, texts: Sequence[str], reporter: Reporter = SILENT) -> Float32[np.ndarray, "n h"]:
+        reporter.start(len(texts), "encoding prompts")
+        vectors = np.asarray(self._load().encode(list(texts), show_progress_bar=False), np.float32)
+        reporter.finish()
+        return vectors
+
+    def _read(self) -> Any:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
@@ -124,11 +142,7 @@ class SentenceEncoder:
                 f"encoder {self.path}: needs sentence-transformers: pip install 'jora[dense]', or give a BERT or "
                 "RoBERTa directory"
             ) from None
-        reporter.start(len(texts), "encoding prompts")
-        model: Any = SentenceTransformer(str(self.path))
-        vectors = np.asarray(model.encode(list(texts), show_progress_bar=False), np.float32)
-        reporter.finish()
-        return vectors
+        return SentenceTransformer(str(self.path))
 
 
 def fingerprint(path: Path) -> str:

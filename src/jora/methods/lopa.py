@@ -83,16 +83,22 @@ class InstancePrompt(SoftPrompt):
         if self.encoder == BASE:
             self._check_width(model.config.embed)
             return mean_embeddings(model, prompts)
-        texts = model.tokenizer.batch_decode([list(p) for p in prompts], skip_special_tokens=True)
-        return text_vectors(self._encoder(), texts, cache, reporter)
+        return self.encoded(open_encoder(self.encoder), model, prompts, cache, reporter)
 
-    def _encoder(self) -> Encoder:
-        """The encoder; raises InputError where it is not the one that the heads were made for."""
-        encoder = open_encoder(self.encoder)
+    def encoded(
+        self,
+        encoder: Encoder,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        cache: Path | None = None,
+        reporter: Reporter = SILENT,
+    ) -> Float32[np.ndarray, "n h"]:
+        """`instances`, by an encoder that is open. Raises InputError where the heads were made for another."""
         self._check_width(encoder.width)
         if self.encoder_fingerprint not in ("", encoder.fingerprint):
             raise InputError(f"{self.name}: encoder {self.encoder} is not the one that this adapter was trained with")
-        return encoder
+        texts = model.tokenizer.batch_decode([list(p) for p in prompts], skip_special_tokens=True)
+        return text_vectors(encoder, texts, cache, reporter)
 
     def _check_width(self, found: int) -> None:
         if self.encoder_width not in (0, found):

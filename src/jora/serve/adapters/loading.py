@@ -7,7 +7,6 @@ weights are read where its config tells, and again after.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -66,11 +65,10 @@ class Loaded:
         """Host memory that it takes."""
         return self.other_bytes + (0 if self.blocks is None else self.blocks.nbytes)
 
-    def soft_prompt(self, model: Model, prompt: Sequence[int]) -> Float32[np.ndarray, "m d"]:
-        """What stands in front of this prompt (tokens), of a method that has soft tokens."""
+    def prefix(self, instance: Float32[np.ndarray, " h"] | None) -> Float32[np.ndarray, "m d"]:
+        """The soft tokens of a method that has such, for a prompt of this vector."""
         assert self.served.prefix is not None
-        vectors = self.method.instances(model, [prompt])
-        return self.served.prefix(None if vectors is None else vectors[0])
+        return self.served.prefix(instance)
 
 
 class Loader:
