@@ -19,8 +19,10 @@ from tests.sharding.collectives import Collective, Probe, collectives, in_loops
 from jora.data.batches import Shape
 from jora.inference.decode import Program, Stream, decode
 from jora.inference.sampling import Sampling
+from jora.methods.ia3 import IA3
 from jora.methods.lora import LoRA, site_shape
 from jora.methods.method import State
+from jora.methods.vera import VeRA
 from jora.models.cache import KV, KV_AXES, Cache
 from jora.models.config import LINEARS, ModelConfig
 from jora.models.families import config_from_hf
@@ -140,6 +142,22 @@ def test_embeddings_and_head_add_nothing_wide(mesh: str) -> None:
             fine = size <= max(TOKENS, ROWS * ANSWERS * CONFIG.embed)
         assert fine, f"too wide:{show(Counter({item: count}))}"
         assert size < table
+
+
+@pytest.mark.parametrize("mesh", ["tensor=4", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("method", [VeRA(rank=RANK), IA3(targets=LINEARS, feedforward_modules=["down_proj"])])
+def test_vectors_add_no_activations(method: Any, mesh: str) -> None:
+    """IA3 reduces its vectors' gradients alone. VeRA adds [tokens, rank] as LoRA does, and lays out its random
+    matrices, which all layers share, once a step.
+    """
+    extra = exchanged(mesh, method) - exchanged(mesh, Probe())
+    activations = Counter({i: n for i, n in extra.items() if LENGTH in _wholes(i.shape)})
+    assert all(is_tokens_by_rank(i) and i.kind == "all-reduce" for i in activations), show(activations)
+    assert bool(activations) == (method.name == "vera")
+    widest = max(CONFIG.mlp, CONFIG.heads * CONFIG.head_dim)
+    for item, count in (extra - activations).items():
+        assert math.prod(item.shape) <= widest * (RANK if RANK in item.shape else 1), show(Counter({item: count}))
+        assert item.kind == "all-reduce" or count <= 3, show(Counter({item: count}))  # not once a layer and target
 
 
 @pytest.mark.parametrize("mesh", MESHES)
