@@ -188,16 +188,35 @@ def test_resuming_gives_the_same(many: Ran, model: Model, tmp_path: Path) -> Non
                 np.testing.assert_array_equal(ours[key], value, err_msg=key)
 
 
-def test_a_mesh_changes_nothing(many: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_jobs_whose_rows_are_packed(model: Model, tmp_path: Path) -> None:
+    """Beside one whose rows are not, at the same step."""
+    packed = change(packing=True, max_steps=2)
+    jobs = [
+        dataclasses.replace(JOBS[0], name="packed", options=packed),
+        dataclasses.replace(JOBS[0], name="plain", options=change(max_steps=2)),
+    ]
+    results = jora.train_many(model, jobs, out=tmp_path / "run", options=ManyOptions(remat="none"))
+    for job, found in zip(jobs, results, strict=True):
+        own = dataclasses.replace(job.options, remat="none")
+        alone = jora.train(model, job.method, job.data, out=tmp_path / job.name, options=own)
+        np.testing.assert_allclose(losses(found.history), losses(alone.history), rtol=1e-5)
+        assert_close(load_adapter(found.directory / "adapter", model), alone.adapter)
+    first = [next(line["tokens"] for line in result.history if "tokens" in line) for result in results]
+    assert first[0] > first[1]  # of the same examples
+
+
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2", "fsdp=2,tensor=2"])
+def test_a_mesh_changes_nothing(mesh: str, many: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pairs of devices share the rows of each job, 4 and (filled up) 3 of them; a pair cuts the model."""
 
     def compile_fast(self: BankPrograms, planned: Any, remat: Any) -> Any:
         return self.trace(planned, remat).lower().compile({"xla_backend_optimization_level": "0"})
 
     monkeypatch.setattr(BankPrograms, "compile_step", compile_fast)
-    mesh = load_model(tiny("llama2")[1], dtype="float32", mesh="data=2,tensor=2")
+    cut = load_model(tiny("llama2")[1], dtype="float32", mesh=mesh)
     jobs = [JOBS[0], dataclasses.replace(JOBS[0], name="odd", options=change(batch_size=3, max_steps=2))]
-    results = jora.train_many(mesh, jobs, out=tmp_path / "run", options=ManyOptions(remat="none"))
+    results = jora.train_many(cut, jobs, out=tmp_path / "run", options=ManyOptions(remat="none"))
     assert [result.steps for result in results] == [5, 2]
     np.testing.assert_allclose(losses(results[0].history), losses(many.results["first"].history), rtol=1e-5)
     assert np.isfinite(losses(results[1].history)).all()
