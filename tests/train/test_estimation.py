@@ -87,3 +87,5 @@ def test_bad_input(tmp_path: Path) -> None:
         estimate(tmp_path, METHOD)
     with pytest.raises(InputError, match="no such model"):
         estimate(tmp_path / "nothing", METHOD)
+    with pytest.raises(InputError, match="device_gib is -1"):
+        estimate(tmp_path, METHOD, device_gib=-1)

@@ -220,16 +220,27 @@ def test_trains_an_adapter_further_and_leaves_it_usable(model: Model, adapter: A
         np.testing.assert_array_equal(value, kept[name])
 
 
-def test_interrupt_saves_and_says_how_to_go_on(model: Model, adapter: Adapter, tmp_path: Path) -> None:
-    reporter = Reporter(lambda step: signal.raise_signal(signal.SIGINT) if step == 2 else None)
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_says_how_to_go_on(
+    number: signal.Signals, model: Model, adapter: Adapter, tmp_path: Path
+) -> None:
+    reporter = Reporter(lambda step: signal.raise_signal(number) if step == 2 else None)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         train(model, adapter, examples(8), out=tmp_path / "run", options=OPTIONS, reporter=reporter)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     # Metrics are read a step late: the third step was under way.
     assert Checkpoints(tmp_path / "run" / "checkpoints", 2).steps() == [3]
     assert "interrupted after step 3" in reporter.notes[-1] and "resume" in reporter.notes[-1]
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_run_of_one_step_learns(model: Model, adapter: Adapter, tmp_path: Path) -> None:
+    """Warm-up begins at a rate of 0, and there is no second step."""
+    chosen = options(max_steps=1, warmup=0.03)
+    result = train(model, adapter, examples(4), out=tmp_path, options=chosen)
+    assert result.history[0]["learning_rate"] == chosen.learning_rate
+    assert any(np.any(value) for name, value in factors(result.adapter).items() if "lora_B" in name or ".b" in name)
 
 
 def test_examples_that_are_too_long(model: Model) -> None:

@@ -120,3 +120,19 @@ def test_only_the_latest_and_the_best_are_kept(model: Model, adapter: Adapter, t
     kept = Checkpoints(tmp_path / "checkpoints", 2).steps()
     assert kept == sorted({result.best_step, 7, 8})
     assert not list((tmp_path / "checkpoints").glob(".*"))  # nothing half-written
+
+
+def test_a_damaged_checkpoint_is_named(model: Model, adapter: Adapter, tmp_path: Path) -> None:
+    interrupted(model, adapter, tmp_path, 1, RUN)
+    [checkpoint] = (tmp_path / "checkpoints").iterdir()
+    resuming = dataclasses.replace(RUN, resume=True)
+    run = (checkpoint / "run.json").read_bytes()
+    (checkpoint / "run.json").write_bytes(run[:-20])
+    with pytest.raises(InputError, match=f"run.json: not valid JSON.*: delete {checkpoint} to go on"):
+        train(model, adapter, examples(10), out=tmp_path, options=resuming)
+    (checkpoint / "run.json").write_bytes(run)
+    for path in (checkpoint / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 100 and path.name not in ("_METADATA", "_sharding"):
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(InputError, match=f"{checkpoint}: a damaged checkpoint"):
+        train(model, adapter, examples(10), out=tmp_path, options=resuming)

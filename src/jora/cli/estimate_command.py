@@ -19,7 +19,8 @@ class Options(MethodChoice, ModelOptions):
     answers: int = 256
     """Tokens a row that carry loss."""
     device_gib: float | None = None
-    """Memory of the device that is meant, in GiB; by default this machine's."""
+    """Memory of the device that is meant, in GiB, of which nine tenths count; by default this machine's. An accelerator
+    is meant, so --dtype auto is then bfloat16."""
     training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
 
 

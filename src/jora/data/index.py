@@ -97,6 +97,8 @@ def read_index(path: str | os.PathLike[str]) -> Index:
     directory = Path(path)
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if "index" not in manifest:
+            raise InputError(f"{directory}: a data set, and no index: make one with `jora index`")
         if manifest["index"] != VERSION:
             raise InputError(f"{directory}: an index of version {manifest['index']}: make it again with `jora index`")
         options = options_of(manifest)

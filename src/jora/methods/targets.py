@@ -71,7 +71,9 @@ def select(
             if not any(_ends_with(name, entry) for name in modules):
                 raise InputError(f"target {entry!r} names no module; known are {', '.join((*LINEARS, EMBED, HEAD))}")
     if not chosen:
-        raise InputError(f"targets {targets!r} (excluding {exclude!r}, layers {layers}) select no module")
+        known = ", ".join((*LINEARS, EMBED, HEAD))
+        chosen_by = f"targets {targets!r} (excluding {exclude!r}, layers {layers})"
+        raise InputError(f"{chosen_by} select no module; a list of names, a regular expression or all-linear: {known}")
     return chosen
 
 

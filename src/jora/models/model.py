@@ -23,7 +23,7 @@ from jora.models.source import SafetensorsSource, TensorSource, read_json
 from jora.models.tensors import all_specs
 from jora.quant import Kind, QuantisedWeight, host_type
 from jora.reporting import SILENT, Reporter
-from jora.sharding import Layout, MeshSpec, build_layout, parse_mesh
+from jora.sharding import Layout, MeshSpec, build_layout, parse_mesh, start_devices
 
 
 @dataclass
@@ -147,7 +147,9 @@ def load_model(
     source, hf_config, tokenizer = open_model(local)
     quant = _quant(quant, source)
     config = config_from_hf(hf_config)
-    layout = build_layout(parse_mesh(mesh), config.kv_heads)
+    spec = parse_mesh(mesh)
+    start_devices(spec)
+    layout = build_layout(spec, config.kv_heads)
     total = sum(1 for _ in all_specs(config))
     reporter.start(total, f"loading {Path(path).name}")
     params = load_params(source, config, layout, _dtype(dtype), reporter.update, quant)

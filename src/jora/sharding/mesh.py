@@ -44,6 +44,9 @@ def parse_mesh(text: str | MeshSpec | None) -> MeshSpec:
     return MeshSpec(**sizes)
 
 
+MOST_SIMULATED = 256  # XLA's collectives among a thousand threads of one process end in a crash
+
+
 def start_devices(spec: MeshSpec) -> str | None:
     """Make sure that enough devices exist; call it before anything else uses jax.
 
@@ -57,7 +60,7 @@ def start_devices(spec: MeshSpec) -> str | None:
     if jax.config.values["jax_num_cpu_devices"] < spec.devices:
         # jax refuses this once a backend runs; `build_layout` then says which devices are missing.
         with suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", spec.devices)
+            jax.config.update("jax_num_cpu_devices", min(spec.devices, MOST_SIMULATED))
     if jax.default_backend() == "cpu" and jax.device_count() >= spec.devices:
         return f"mesh {spec}: {spec.devices} devices simulated on this CPU"
     return None
@@ -71,8 +74,12 @@ def build_layout(spec: MeshSpec, kv_heads: int) -> Layout:
 
     devices = jax.devices()
     if len(devices) < spec.devices:
+        platform = devices[0].platform
+        remedy = ""
+        if platform == "cpu" and spec.devices <= MOST_SIMULATED:  # jax ran before anybody could ask for them
+            remedy = f'; to simulate them, begin with jax.config.update("jax_num_cpu_devices", {spec.devices})'
         raise InputError(
-            f"mesh {spec}: needs {spec.devices} devices, this machine has {len(devices)} ({devices[0].platform})"
+            f"mesh {spec}: needs {spec.devices} devices, this machine has {len(devices)} ({platform}){remedy}"
         )
     tensor_kv = math.gcd(spec.tensor, kv_heads)
     return make_layout(spec.data, spec.fsdp, tensor_kv, spec.tensor // tensor_kv, devices)

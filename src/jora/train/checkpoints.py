@@ -86,13 +86,22 @@ class Checkpoints:
         path = self.path(step) / "run.json"
         try:
             return Progress(**read_json(path))
+        except InputError as error:
+            raise InputError(f"{error}: delete {path.parent} to go on from the checkpoint before it") from error
         except TypeError:
             raise InputError(f"{path}: written by another version of jora: start anew in another directory") from None
 
     def restore(self, step: int, like: Any) -> Any:
-        """The arrays of a checkpoint, laid out as the abstract tree `like`."""
+        """The arrays of a checkpoint, laid out as the abstract tree `like`. Raises InputError where it is damaged."""
+        path = self.path(step)
         with _orbax().StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(self.path(step).absolute() / "state", like)
+            try:
+                return checkpointer.restore(path.absolute() / "state", like)
+            except (OSError, ValueError, KeyError) as error:
+                reason = str(error).strip().splitlines()[0][:200]
+                raise InputError(
+                    f"{path}: a damaged checkpoint ({reason}): delete it to go on from the one before it"
+                ) from error
 
 
 def _orbax() -> Any:

@@ -91,7 +91,7 @@ class Estimate:
             "weights, optimiser, batch": f"{m.arguments / GIB:.2f} GiB a device",
             "activations and temporaries": f"{m.added / GIB:.2f} GiB a device",
             "in all": f"{m.total / GIB:.2f} GiB a device, of {self.available / GIB:.2f} GiB",
-            "compute": f"{self.flops / 1e12:.2f} TFLOP a step, at least {self.seconds:.2g} s on this machine",
+            "compute": f"{self.flops / 1e12:.2f} TFLOP a step, at least {self.seconds:,.2f} s on this machine",
             "verdict": self.advice(),
         }
         width = max(map(len, lines))
@@ -125,6 +125,8 @@ def estimate(
         InputError: an unknown model, a mesh with more devices than can be simulated, or `answers` below 1.
     """
     options = options or TrainOptions()
+    if device_gib is not None and device_gib <= 0:
+        raise InputError(f"device_gib is {device_gib}: a device has more than 0 GiB")
     if answers < 1:
         raise InputError(f"answers is {answers}: at least one token of a row carries loss")
     if isinstance(method, Adapter):

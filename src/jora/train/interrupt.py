@@ -1,4 +1,4 @@
-"""Ctrl-C between steps, not inside one: a step's state is donated, so half of one cannot be saved."""
+"""Ctrl-C and SIGTERM between steps, not inside one: a step's state is donated, so half of one cannot be saved."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from dataclasses import dataclass
 
 @dataclass
 class Interrupt:
-    """`asked` turns true when the user has pressed Ctrl-C once; a second time interrupts at once."""
+    """`asked` turns true when the user has pressed Ctrl-C once (or a batch scheduler has sent SIGTERM); a second time
+    interrupts at once.
+    """
 
     asked: bool = False
 
 
 @contextmanager
 def delayed_interrupt() -> Iterator[Interrupt]:
-    """Hold back the first KeyboardInterrupt. Outside the main thread, where none arrives, nothing changes."""
+    """Hold back the first signal to stop. Outside the main thread, where none arrives, nothing changes."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
@@ -29,8 +31,9 @@ def delayed_interrupt() -> Iterator[Interrupt]:
             raise KeyboardInterrupt
         interrupt.asked = True
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

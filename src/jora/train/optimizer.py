@@ -24,8 +24,11 @@ from jora.train.options import TrainOptions
 
 
 def warmup_steps(options: TrainOptions, total_steps: int) -> int:
-    """Steps of rising rate: `warmup` x all steps, rounded up as transformers does."""
-    return math.ceil(options.warmup * total_steps)
+    """Steps of rising rate: `warmup` x all steps, rounded up as transformers does.
+
+    0 where there is one step in all: warm-up begins at a rate of 0, and it would train nothing.
+    """
+    return math.ceil(options.warmup * total_steps) if total_steps > 1 else 0
 
 
 def learning_rate(step: Any, options: TrainOptions, total_steps: int, xp: Any = np) -> Any:

@@ -108,6 +108,13 @@ def test_a_broken_index_is_one_line(retriever, tmp_path, broken):
         read_index(tmp_path / "index")
 
 
+def test_a_data_set_is_no_index(retriever, tmp_path):
+    write_index(retriever.index, tmp_path / "index")
+    (tmp_path / "index" / "manifest.json").write_text('{"inputs": {}}')
+    with pytest.raises(InputError, match="a data set, and no index: make one with `jora index`"):
+        read_index(tmp_path / "index")
+
+
 def test_scores_of_other_chunks_are_refused(retriever, tmp_path):
     write_index(retriever.index, tmp_path / "index")
     chunks = tmp_path / "index" / "chunks.jsonl"
