@@ -132,7 +132,8 @@ def test_training_further_keeps_the_adapters_own_options(model, data, trained, t
     ("extra", "words"),
     [
         ([], "give --prompt TEXT or --prompts FILE"),
-        (["--prompt", "a", "--prompts", "b"], "give --prompt TEXT or --prompts FILE"),
+        (["--prompt", "a", "--prompts", "b"], "give --prompt TEXT or --prompts FILE, not both"),
+        (["--prompt", " "], "--prompt is empty: give a text"),
     ],
 )
 def test_generate_wants_one_source_of_prompts(model, extra, words):

@@ -544,3 +544,34 @@ def test_backlogged_clients_are_served_alike(engine_of: Callable[..., Engine]) -
 
 def test_the_shelf_has_one_name_an_adapter(engine: Engine) -> None:
     assert sorted(info.name for info in engine.adapters()) == sorted(ADAPTERS)
+
+
+def test_a_prompt_put_back_half_way_is_scored_once(engine_of: Callable[..., Engine]) -> None:
+    asked = ask("scored", prompt(7, 130), prompt_logprobs=0, max_tokens=3)
+    expected = run(engine_of(), asked)["scored"]
+    engine = engine_of(pages=86, optimistic=True)  # beside the three, room for the prompt and two blocks
+    for i in range(3):
+        engine.submit(ask(f"{i}", prompt(i, 4), max_tokens=60))
+    while [s.state for s in engine._live] != ["running"] * 3:
+        step(engine)
+    engine.submit(asked)
+    [sequence] = engine._by_request["scored"]
+    begun, events = 0, []
+    while engine.has_work:
+        events += [event for event in step(engine) if event.request == "scored"]
+        if not sequence.epoch:
+            begun = max(begun, sequence.computed)
+    assert sequence.epoch and 0 < begun < 130  # put back in prefill
+    scores, wanted = events[0].prompt_logprobs, expected[0].prompt_logprobs
+    assert scores is not None and wanted is not None and len(scores) == 130
+    assert [score and score.token for score in scores] == [score and score.token for score in wanted]
+    assert tokens(events) == tokens(expected)
+
+
+def test_a_hit_is_an_adapter_that_nobody_has_to_read(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of()
+    run(engine, ask("a", prompt(1, 4), "one"))
+    run(engine, ask("b", prompt(1, 4), "one"))
+    engine.host.fetch(engine.catalogue.resolve("two"))  # in host memory, not in the pool
+    run(engine, ask("c", prompt(1, 4), "two"))
+    assert (engine.stats().adapter_hits, engine.stats().adapter_misses) == (2, 1)

@@ -1,11 +1,15 @@
-"""What several commands share: the options that name a model, and opening it."""
+"""What several commands share: the options that name a model, opening it, and the file of --out."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from jora.cli.options import CommandOptions
+from jora.errors import InputError
+from jora.files import atomic_write
 from jora.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -67,3 +71,17 @@ def open_tokenizer(model: str) -> Any:
 
         return gguf_tokenizer(path)
     return load_tokenizer(path)
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_out(out: str, text: str) -> None:
+    """Write the file of --out, whole or not at all. Raises InputError, with that name, where it cannot be written."""
+    try:
+        with atomic_write(out) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise InputError(f"--out {out}: could not be written: {error.strerror}") from error

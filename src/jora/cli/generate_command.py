@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jora.cli.common import ModelOptions, open_adapter, open_model
+from jora.cli.checks import check_at_least_one, check_file, check_names, check_out_file
+from jora.cli.common import ModelOptions, json_lines, open_adapter, open_model, write_out
 from jora.errors import InputError
-from jora.files import atomic_write
 from jora.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -63,11 +62,16 @@ def _read_prompts(options: Options) -> list[Any]:
     def conversation(text: str) -> Any:
         return text if options.plain else [{"role": "user", "content": text}]
 
-    if (options.prompt is None) == (options.prompts is None):
-        raise InputError("jora generate: give --prompt TEXT or --prompts FILE")
+    if options.prompt is not None and options.prompts is not None:
+        raise InputError("jora generate: give --prompt TEXT or --prompts FILE, not both")
     if options.prompt is not None:
+        if not options.prompt.strip():
+            raise InputError("jora generate: --prompt is empty: give a text")
         return [conversation(options.prompt)]
-    path = Path(options.prompts or "")
+    if options.prompts is None:
+        raise InputError("jora generate: give --prompt TEXT or --prompts FILE")
+    check_file("--prompts", options.prompts)
+    path = Path(options.prompts)
     if path.suffix == ".jsonl":
         from jora.data.formats import read_examples
 
@@ -82,9 +86,24 @@ def _read_prompts(options: Options) -> list[Any]:
     return prompts
 
 
+def _check(options: Options) -> None:
+    check_at_least_one(options, "max_new_tokens", "batch_size")
+    if options.seed < 0:
+        raise InputError(f"--seed must be at least 0, found {options.seed}")
+    check_out_file(options.out)
+    import jax
+
+    from jora.inference.sampling import sampling_rows
+
+    # As shapes alone: real arrays would start jax before the devices of --mesh are made.
+    jax.eval_shape(lambda: sampling_rows(1, options.temperature, options.top_k, options.top_p, options.min_p))
+    check_names(options.model, options.adapter)
+
+
 def run(options: Options, reporter: Reporter) -> None:
-    """Read the prompts, load, generate, print."""
+    """Read the prompts, check, load, generate, print."""
     prompts = _read_prompts(options)
+    _check(options)
     model = open_model(options, reporter)
     import jora
 
@@ -105,11 +124,9 @@ def run(options: Options, reporter: Reporter) -> None:
     if options.prompts is None:
         print(answers[0])
         return
-    rows = zip(prompts, answers, strict=True)
-    text = "".join(json.dumps({"prompt": p, "answer": a}, ensure_ascii=False) + "\n" for p, a in rows)
+    text = json_lines({"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True))
     if options.out is None:
         print(text, end="")
         return
-    with atomic_write(options.out) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_out(options.out, text)
     reporter.note(f"{len(answers)} answers written to {options.out}")

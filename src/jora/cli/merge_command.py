@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jora.cli.checks import check_names, check_new_model
 from jora.cli.common import ModelOptions, open_model
 from jora.reporting import Reporter
 
@@ -15,11 +16,13 @@ class Options(ModelOptions):
     adapter: str
     """An adapter directory made for this model."""
     out: str
-    """Directory to write; an existing one is replaced when the new one is whole."""
+    """Directory to write, new or empty."""
 
 
 def run(options: Options, reporter: Reporter) -> None:
-    """Load, merge, save."""
+    """Check, load, merge, save."""
+    check_new_model(options.out, options.model)
+    check_names(options.model, options.adapter)
     model = open_model(options, reporter)
     import jora
 

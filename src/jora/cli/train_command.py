@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import tyro
 
+from jora.cli.checks import check_file, check_names, check_parent
 from jora.cli.common import ModelOptions, open_model, quant_kind
 from jora.cli.method_choice import MethodChoice
 from jora.errors import InputError
@@ -28,14 +29,26 @@ class Options(MethodChoice, ModelOptions):
     training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
 
 
+def _check(options: Options) -> None:
+    from jora.train.record import open_directory
+
+    check_file("--data", options.data)
+    if options.eval_data is not None:
+        check_file("--eval-data", options.eval_data)
+    check_parent(options.out)
+    open_directory(options.out, options.training.resume)  # makes nothing yet
+    check_names(options.model, options.adapter)
+
+
 def run(options: Options, reporter: Reporter) -> None:
-    """Load and train."""
+    """Check, load and train."""
     from jora.models.model import check_dense
 
     method = options.build_method()  # before the model: a mistake in it should not wait for the weights
     if options.adapter is not None and options.chooses_method():
         raise InputError("jora train: --adapter brings its own rank, targets and so on; leave those options out")
     check_dense(method, quant_kind(options))
+    _check(options)
     model = open_model(options, reporter)
     import jora
 

@@ -39,23 +39,32 @@ class Answer:
         """The event of one more token."""
         self.count += 1
         if token in self._ends:
-            return self._event((token,), self._text.finish(), logprobs, "stop")
+            return self._last(token, "", logprobs, "stop")
         if token in self._stops:
-            return self._event((token,), self._text.finish(), logprobs, "stop", token)
+            return self._last(token, "", logprobs, "stop", token)
         if self.grammar is not None:
             self.grammar.advance(token)
         delta = self._text.push(token)
         if self._text.stopped_by is not None:
             return self._event((token,), delta, logprobs, "stop", self._text.stopped_by)
         if self.grammar is not None and self.grammar.finished:
-            return self._event((token,), delta + self._text.finish(), logprobs, "stop")
+            return self._last(token, delta, logprobs, "stop")
         if self.count >= self.max_tokens:
-            return self._event((token,), delta + self._text.finish(), logprobs, "length")
+            return self._last(token, delta, logprobs, "length")
         return self._event((token,), delta, logprobs, None)
 
     def end(self, reason: FinishReason, error: str | None = None) -> Event:
         """The last event of an answer that something else ends: a cancellation, a deadline, an error."""
         return self._event((), self._text.finish(), None, reason, error=error)
+
+    def _last(
+        self, token: int, delta: str, logprobs: Logprobs | None, finish: FinishReason, stopped_by: int | None = None
+    ) -> Event:
+        """What was held back goes with it; where that completes a stop string, the string ends the answer."""
+        text, found = delta + self._text.finish(), self._text.stopped_by
+        if found is not None:
+            return self._event((token,), text, logprobs, "stop", found)
+        return self._event((token,), text, logprobs, finish, stopped_by)
 
     def _event(
         self,

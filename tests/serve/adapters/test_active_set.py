@@ -113,3 +113,9 @@ def test_rows_and_their_products() -> None:
     with pytest.raises(ValueError, match="4 extra products do not fit 3"):
         active.expanded(rows, 3)
     assert active.fits([("flora", spec(0, 3))] * 3) and not active.fits([("flora", spec(0, 3))] * 4)
+
+
+def test_it_shrinks_past_half_where_three_quarters_are_saved() -> None:
+    active = ActiveSet(RANKS, PRODUCTS)
+    assert active.update({"a": spec(40)}).rebuild == Size(40, 0)
+    assert active.update({"b": spec(6)}).rebuild == Size(8, 0)

@@ -148,3 +148,24 @@ def test_info_tells_method_rank_and_targets_without_weights(served: Path) -> Non
 def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such directory"):
         catalogue(tmp_path / "missing")
+
+
+def test_a_sibling_whose_name_begins_alike_is_outside(served: Path, tmp_path: Path) -> None:
+    save(tmp_path / "served-too" / "a")
+    (served / "link").symlink_to(tmp_path / "served-too" / "a")
+    found = catalogue(served)
+    with pytest.raises(InputError, match="outside"):
+        found.candidate("x", "../served-too/a")
+    with pytest.raises(InputError, match="outside"):
+        found.resolve("link")
+
+
+def test_files_written_in_place_are_a_new_version(served: Path) -> None:
+    found = catalogue(served)
+    first, weights = found.resolve("a"), served / "a" / "adapter_model.safetensors"
+    before = weights.stat()
+    with weights.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(bytes(4))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert found.resolve("a") != first

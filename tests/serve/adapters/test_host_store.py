@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ import jora
 from jora.errors import InputError
 from jora.methods.method import Method
 from jora.methods.served import LowRank
+from jora.serve.adapters import loading
 from jora.serve.adapters.catalogue import Catalogue
-from jora.serve.adapters.host_store import REMEMBERED, WANTED, HostStore
+from jora.serve.adapters.host_store import MAX_LOADING, REMEMBERED, WANTED, HostStore
 from jora.serve.adapters.loading import Loader
 from jora.serve.adapters.packing import pack
 from jora.serve.scheduling.sequence import AdapterVersion
@@ -242,3 +244,31 @@ def test_lowered_factors_are_those_of_the_file(tmp_path: Path) -> None:
         name = f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_{{}}.weight"
         expected = 3.0 * files[name.format("B")] @ files[name.format("A")]
         np.testing.assert_allclose(pair.b[layer].T @ pair.a[layer], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_few_loads_are_under_way_at_a_time() -> None:
+    gate = threading.Event()
+    store = HostStore(Slow(gate=lambda: gate.wait(20)), 1 << 20)
+    names = [version(str(number)) for number in range(3 * MAX_LOADING)]
+    for name in names:
+        store.request(name)
+    found = [store.status(name) for name in names]
+    gate.set()
+    store.close()
+    assert found.count("loading") == MAX_LOADING and found.count("absent") == 2 * MAX_LOADING
+
+
+def test_files_that_change_while_they_are_read_are_not_read_as_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "x")
+    read = loading.load_adapter
+
+    def replaced(path: Path, model: Any) -> Any:
+        adapter = read(path, model)
+        save(tmp_path / "x", seed=1)
+        return adapter
+
+    monkeypatch.setattr(loading, "load_adapter", replaced)
+    with shelf(tmp_path) as parts, pytest.raises(InputError, match="changed"):
+        parts.host.fetch(parts.catalogue.resolve("x"))

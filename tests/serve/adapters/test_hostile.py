@@ -157,6 +157,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "unhashable": ({"targets": [["q_proj"]]}, "names no module"),
     "a list for a number": ({"alpha": [1]}, "kind"),
     "other bases": ({"basis_version": 99}, "version 99"),
+    "repeated group": ({"targets": "(q)+_proj"}, "may take very long"),
 }
 
 

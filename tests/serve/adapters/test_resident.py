@@ -295,3 +295,26 @@ def test_ten_thousand_loads_and_unloads_keep_memory_flat(directory: Path) -> Non
 def test_requests_for_the_base_need_no_adapter_directory() -> None:
     with pytest.raises(UnknownAdapter):
         Catalogue(None, base().config, base().identity).resolve("a")
+
+
+def test_use_counts_until_it_ends(tmp_path: Path) -> None:
+    adapters, _ = made_up(tmp_path, 16)
+    a, b, c = (put(adapters, name) for name in "abc")
+    for version in (a, b, c):
+        adapters.pin(version)
+    for version in (c, b, a):
+        adapters.unpin(version)
+    adapters.evict(1)
+    assert [adapters.status(version) == "resident" for version in (a, b, c)] == [True, True, False]
+    adapters._host.close()
+
+
+def test_a_retired_one_that_is_still_waited_for_goes_last(directory: Path) -> None:
+    with shelf(directory) as parts:
+        old = resident(parts, "a")
+        parts.resident.hold(old)
+        parts.catalogue.unload("a")
+        parts.resident.retire()
+        other = resident(parts, "b")
+        parts.resident.evict(1)
+        assert (parts.resident.status(old), parts.resident.status(other)) == ("resident", "host")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.serve.http.fakes import make_server, served
 
 from jora.errors import InputError
 from jora.serve.http.auth import Client, Keys
@@ -128,3 +129,25 @@ def test_no_key_is_kept_in_the_clear(tmp_path):
     held = repr(keys) + repr(vars(keys))
     assert SECRET not in held and DIGEST not in held
     assert repr(hashlib.sha256(SECRET.encode()).digest()) not in held
+
+
+def test_who_may_manage_adapters(tmp_path: Path) -> None:
+    """Those that a key may use, at its rate, and nobody while the server drains."""
+    path = tmp_path / "keys.yaml"
+    one, two = "{key: one, client: acme, adapters: ['acme/*']}", "{key: two, client: slow, rate: 0.001}"
+    path.write_text(f"keys:\n- {one}\n- {two}\n")
+    path.chmod(0o600)
+    with served(make_server(keys=Keys.load(path))) as running, running.http() as http:
+
+        def post(what: str, key: str, name: str) -> int:
+            body = {"lora_name": name} | ({"lora_path": "x"} if what == "load" else {})
+            headers = {"Authorization": f"Bearer {key}"}
+            return http.post(f"/v1/{what}_lora_adapter", json=body, headers=headers).status_code
+
+        assert (post("load", "one", "other"), post("unload", "one", "alpha")) == (403, 403)
+        assert set(running.engine.known) == {"alpha", "beta"}
+        assert post("load", "one", "acme/x") == 200
+        assert [post("load", "two", "y"), post("unload", "two", "y")] == [200, 429]
+        running.server.draining = True
+        assert (post("load", "one", "acme/z"), post("unload", "one", "acme/x")) == (503, 503)
+        assert "acme/x" in running.engine.known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import httpx
 import openai
@@ -252,3 +253,38 @@ def test_structures_are_what_the_grammars_compile() -> None:
                 if token != tokenizer.eos_token_id:
                     state.advance(token)
             assert allowed == fits, (fields, text)
+
+
+@pytest.mark.parametrize("ends", ["stop", "deadline", "error"])
+def test_every_stream_ends_with_done(engine: FakeEngine, http: httpx.Client, ends: Any) -> None:
+    engine.ends = ends
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 500, "stream": True}
+    found = [line for line in http.post("/v1/completions", json=asked).text.split("\n\n") if line]
+    assert found[-1] == "data: [DONE]" and found.count("data: [DONE]") == 1
+    assert ("error" in json.loads(found[-2].removeprefix("data: "))) == (ends != "stop")
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ],
+)
+@pytest.mark.parametrize("included", [True, False])
+def test_usage_is_null_until_the_last_chunk(
+    engine: FakeEngine, http: httpx.Client, path: str, asked: dict[str, Any], included: bool
+) -> None:
+    """The openai client reads null and nothing alike; others do not."""
+    body = {"model": "tiny", "max_tokens": 500, "stream": True, "stream_options": {"include_usage": included}, **asked}
+    *parts, _ = [line for line in http.post(path, json=body).text.split("\n\n") if line]
+    chunks = [json.loads(part.removeprefix("data: ")) for part in parts]
+    if included:
+        assert all(chunk["usage"] is None for chunk in chunks[:-1]) and chunks[-1]["usage"]["total_tokens"] > 0
+    else:
+        assert not any("usage" in chunk for chunk in chunks)
+
+
+def test_a_message_is_bounded(http: httpx.Client) -> None:
+    body = http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "x" * 100_000: 1})
+    assert body.status_code == 400 and len(body.json()["error"]["message"]) <= 2000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
@@ -117,3 +118,12 @@ def test_the_format_is_what_was_asked_for():
     assert families["jora_requests"].type == "counter"
     _, kind = metrics.render("text/html, */*", state())
     assert kind.startswith("text/plain")
+
+
+@pytest.mark.parametrize("finish", ["deadline", "cancelled", "error"])
+def test_an_answer_that_ends_badly_is_counted_as_it_ended(finish: Any) -> None:
+    metrics = Metrics()
+    with pytest.raises(ApiError), metrics.request("acme") as observed:
+        observed(Event("r", finish=finish))
+        raise ApiError(400, "no")
+    assert shown(metrics)["jora_requests_total", finish] == 1

@@ -181,3 +181,25 @@ def test_a_shared_prompt_counts_once_in_admission(optimistic):
         together = max(together, sim.scheduler.running_count)
     assert together >= 3
     assert not any(job.preempted for job in sim.jobs.values())
+
+
+def test_pages_of_adapters_that_run_count_in_admission():
+    sim = simulation(pool=21, sizes={A: 8}, prefix_cache=False)
+    sim.submit([1] * 4, 40, adapter=A)
+    for _ in range(4):
+        sim.step()
+    sim.submit([2] * 4, 25)  # 11 + 8 + 7 pages
+    sim.step()
+    assert sim.scheduler.running_count == 1
+    sim.run(200)
+
+
+def test_of_a_cached_prompt_the_end_goes_before_its_root():
+    sim = simulation(pool=21)
+    sim.submit(range(40), 1)
+    sim.run(30)
+    sim.submit([99] * 56, 1)  # takes four of its ten blocks
+    sim.run(30)
+    again = sim.submit(range(40), 1)
+    sim.run(30)
+    assert again.cached >= 20

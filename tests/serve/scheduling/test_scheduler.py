@@ -191,3 +191,60 @@ def test_who_has_begun_is_not_aborted():
     sequence = sim.submit([1] * 200, 3)
     sim.run(100)
     assert sim.jobs[sequence].reason == "length"
+
+
+def test_of_the_preempted_the_oldest_comes_back_first():
+    sim = simulation(pool=17, optimistic=True, chunk=16)
+    _, second, third = (sim.submit([n] * 4, most) for n, most in ((0, 60), (1, 40), (2, 40)))
+    while len(sim.scheduler._batch.preempted) < 2:
+        sim.step()
+    assert sim.scheduler._batch.preempted == [second, third]
+    sim.run(1000)
+
+
+def test_optimism_leaves_everyone_who_runs_a_block():
+    sim = simulation(pool=11, optimistic=True)
+    sim.submit([1] * 4, 30)
+    sim.step()  # its four positions fill its only page: the next token needs another
+    sim.submit([2] * 30, 5)  # 8 pages and one: all that is left
+    sim.run(200)
+    assert not any(job.preempted for job in sim.jobs.values())
+
+
+def test_optimism_counts_what_prompts_in_prefill_still_need():
+    sim = simulation(pool=21, optimistic=True)
+    sim.submit([1] * 50, 20)  # 13 pages, two of them after the first step
+    sim.step()
+    sim.submit([2] * 50, 20)
+    sim.run(200)
+    assert not any(job.preempted for job in sim.jobs.values())
+
+
+def test_one_slow_request_does_not_have_everybody_aborted():
+    """What is expected of the next is at most half of the limit."""
+    sim = simulation(slo=20.0)
+    sim.submit([1] * 400, 1)
+    sim.run(100)
+    later = sim.submit([2] * 4, 1)
+    sim.run(20)
+    assert sim.jobs[later].reason == "length"
+
+
+def test_who_could_not_have_its_first_token_in_time_is_aborted_before_the_time_is_up():
+    sim = simulation(slo=20.0, max_batch=1)
+    sim.submit([1] * 64, 1)  # 8 steps to the first token
+    sim.run(30)
+    sim.submit([1] * 4, 90)
+    sim.step()
+    waits, since = sim.submit([2] * 4, 1), sim.now
+    while sim.jobs[waits].reason is None:
+        sim.step()
+    assert sim.jobs[waits].reason == "deadline" and 10 <= sim.now - since < 20
+
+
+def test_deadlines_far_away_of_ended_requests_are_forgotten():
+    sim = simulation()
+    for _ in range(400):
+        sim.submit([1], 1, deadline=1e9)
+        sim.run(10)
+    assert len(sim.scheduler._deadlines._heap) < 200
