@@ -98,9 +98,10 @@ def test_the_address_is_one_to_ask():
         assert address_of(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
-# A server whose answers take a while, without an engine.
+# A server without an engine, whose answers end when a file is there.
 PROGRAM = """
 import asyncio, sys
+from pathlib import Path
 from types import SimpleNamespace
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -110,7 +111,7 @@ from jora.serve.http.run import address_of, listen, serve
 class Reporter:
     def note(self, text): print("note:", text, flush=True)
 
-seconds, drain_seconds, keys = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+drain_seconds, keys, finish = float(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 server, app, running = SimpleNamespace(draining=False, keys=Keys.load(keys)), FastAPI(), set()
 
 @app.get("/ready")
@@ -123,7 +124,8 @@ async def slow():
         running.add(1)
         for part in range(10):
             yield b"part "
-            await asyncio.sleep(seconds / 10)
+        while not finish.exists():
+            await asyncio.sleep(0.01)
         running.clear()
         yield b"end"
     return StreamingResponse(parts())
@@ -145,13 +147,17 @@ print("after", flush=True)
 """
 
 
-class Running:
-    """The program as a process, with one slow request under way."""
+SECONDS = 60  # more than anything takes on a busy machine
 
-    def __init__(self, keys: Path, seconds: float, drain_seconds: float) -> None:
+
+class Running:
+    """The program as a process, with one request under way; it ends with `finish.touch()`."""
+
+    def __init__(self, keys: Path, drain_seconds: float) -> None:
+        self.finish = keys.with_suffix(".finish")
         keys.write_text("keys: [{key: first, client: acme}]\n")
         keys.chmod(0o600)
-        argv = [sys.executable, "-c", PROGRAM, str(seconds), str(drain_seconds), str(keys)]
+        argv = [sys.executable, "-c", PROGRAM, str(drain_seconds), str(keys), str(self.finish)]
         self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
@@ -162,11 +168,16 @@ class Running:
             time.sleep(0.02)
         self.reader = threading.Thread(target=self.read)
         self.reader.start()
-        assert self.begun.wait(10)
+        assert self.begun.wait(SECONDS)
+
+    def note(self) -> str:
+        """The next line that it says."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
 
     def read(self) -> None:
         try:
-            with httpx.stream("GET", f"{self.address}/slow", timeout=20) as response:
+            with httpx.stream("GET", f"{self.address}/slow", timeout=SECONDS) as response:
                 for part in response.iter_raw():
                     self.answer += part
                     self.begun.set()
@@ -175,49 +186,47 @@ class Running:
 
     def ready(self) -> int | None:
         try:
-            return httpx.get(f"{self.address}/ready").status_code
+            return httpx.get(f"{self.address}/ready", timeout=SECONDS).status_code
         except httpx.ConnectError:
             return None
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=20)
-        self.reader.join(timeout=20)
+        out, err = self.process.communicate(timeout=SECONDS)
+        self.reader.join(timeout=SECONDS)
         return self.process.returncode, out, err
 
 
 def test_sigterm_finishes_what_runs(tmp_path):
-    running = Running(tmp_path / "keys.yaml", seconds=1.5, drain_seconds=20)
+    running = Running(tmp_path / "keys.yaml", drain_seconds=SECONDS)
     assert running.ready() == 200
     running.process.send_signal(signal.SIGHUP)
-    time.sleep(0.1)
+    assert "keys read again" in running.note()
     (tmp_path / "keys.yaml").write_text("keys: broken")
     running.process.send_signal(signal.SIGHUP)
-    time.sleep(0.1)
+    assert "stay as they are" in running.note()
     running.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    assert "SIGTERM" in running.note()
     assert running.ready() == 503  # it still answers
+    running.finish.touch()
     code, out, err = running.end()
-    assert (code, err) == (0, "")
+    assert (code, out, err) == (0, "after\n", "")
     assert running.answer == b"part " * 10 + b"end"
-    notes = out.splitlines()
-    assert "keys read again" in notes[0] and "stay as they are" in notes[1] and "SIGTERM" in notes[2]
-    assert notes[3] == "after"
     assert running.ready() is None
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    running = Running(tmp_path / "keys.yaml", seconds=20, drain_seconds=20)
+    running = Running(tmp_path / "keys.yaml", drain_seconds=SECONDS)
     running.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    assert "SIGTERM" in running.note()
     before = time.monotonic()
     running.process.send_signal(signal.SIGTERM)
     code, out, _ = running.end()
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < SECONDS / 2
     assert code == 128 + signal.SIGTERM and "after" not in out
 
 
 def test_what_does_not_finish_in_time_is_cut_off(tmp_path, monkeypatch):
-    running = Running(tmp_path / "keys.yaml", seconds=30, drain_seconds=0.2)
+    running = Running(tmp_path / "keys.yaml", drain_seconds=0.2)
     running.process.send_signal(signal.SIGINT)
     code, out, _ = running.end()
     assert code == 0 and "cut off" in out and out.endswith("after\n")

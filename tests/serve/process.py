@@ -72,7 +72,7 @@ class Serving:
 
     def metrics(self) -> dict[str, float]:
         """By name with labels, as Prometheus reads them."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=SECONDS).text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
@@ -140,5 +140,5 @@ def serving(log: Path, *options: str, key: str = "none") -> Iterator[Serving]:
 def _is_ready(address: str) -> bool:
     try:
         return httpx.get(f"{address}/ready").status_code == 200
-    except httpx.ConnectError:
+    except httpx.TransportError:
         return False

@@ -302,7 +302,7 @@ def test_drain_waits_for_the_last_answer(engine: Engine) -> None:
     async def test() -> None:
         brake = Brake(engine)
         async with started(engine) as running:
-            assert await running.drain(1)
+            assert await running.drain(SECONDS)
             task = asyncio.create_task(collect(running, ask("a", prompt(1, 5))))
             await until(lambda: engine.knows("a"))
             begun = time.monotonic()

@@ -164,7 +164,8 @@ def test_who_leaves_takes_nothing_of_a_replica(serving: Serving) -> None:
 
     def leave(at: int) -> None:
         body = {"model": "base", "prompt": "bye", "max_tokens": LENGTH, "ignore_eos": True, "n": 8}
-        with httpx.Client(base_url=serving.http.base_url, timeout=0.5) as http, suppress(httpx.ReadTimeout):
+        soon = httpx.Timeout(30, read=0.5)
+        with httpx.Client(base_url=serving.http.base_url, timeout=soon) as http, suppress(httpx.ReadTimeout):
             if at % 2:
                 with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
                     next(response.iter_lines())

@@ -72,13 +72,13 @@ def shelf(directory: Path, pages: int = 200, host_bytes: int = 1 << 30, ranks: i
 class Slow:
     """A source of made-up adapters of `nbytes` each, whose loads wait for `gate` and are counted."""
 
-    def __init__(self, nbytes: int = 1000, gate: Callable[[], object] = lambda: None):
+    def __init__(self, nbytes: int = 1000, gate: Callable[[AdapterVersion], object] = lambda loaded: None):
         self.nbytes, self.gate, self.loads = nbytes, gate, list[AdapterVersion]()
         self.error: BaseException | None = None
 
     def load(self, version: AdapterVersion) -> Loaded:
         self.loads.append(version)
-        self.gate()
+        self.gate(version)
         if self.error is not None:
             raise self.error
         blocks = np.zeros((self.nbytes // 100, 1, 100), np.uint8)

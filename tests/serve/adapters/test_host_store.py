@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
 import time
@@ -47,7 +48,7 @@ class Clock:
 
 def test_requests_for_one_adapter_load_it_once() -> None:
     gate = threading.Event()
-    source = Slow(gate=lambda: gate.wait(20))
+    source = Slow(gate=lambda loaded: gate.wait(20))
     store = HostStore(source, 10_000)
     for _ in range(50):
         store.request(version("a"))
@@ -65,8 +66,7 @@ def test_requests_for_one_adapter_load_it_once() -> None:
 
 def test_others_load_while_one_is_slow() -> None:
     gate = threading.Event()
-    source = Slow()
-    source.gate = lambda: gate.wait(20) if source.loads[-1].name == "slow" else None
+    source = Slow(gate=lambda loaded: gate.wait(20) if loaded.name == "slow" else None)
     store = HostStore(source, 10_000)
     store.request(version("slow"))
     while not source.loads:
@@ -141,7 +141,7 @@ def test_an_adapter_above_the_bound_is_refused() -> None:
 
 def test_a_version_dropped_while_it_loads_leaves_nothing() -> None:
     gate = threading.Event()
-    store = HostStore(Slow(gate=lambda: gate.wait(20)), 10_000)
+    store = HostStore(Slow(gate=lambda loaded: gate.wait(20)), 10_000)
     store.request(version("a"))
     store.drop(version("a"))
     gate.set()
@@ -221,9 +221,11 @@ def test_nothing_of_a_load_stays_on_a_device(tmp_path: Path) -> None:
     with shelf(tmp_path) as parts:
         parts.host.fetch(parts.catalogue.resolve("x"))
         save(tmp_path / "x", seed=1)
+        gc.collect()  # what earlier tests have left would go in between
         before = len(jax.live_arrays())
         parts.host.fetch(parts.catalogue.resolve("x"))
-        assert len(jax.live_arrays()) == before
+        gc.collect()
+        assert len(jax.live_arrays()) <= before
 
 
 def test_lowered_factors_are_those_of_the_file(tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_lowered_factors_are_those_of_the_file(tmp_path: Path) -> None:
 
 def test_few_loads_are_under_way_at_a_time() -> None:
     gate = threading.Event()
-    store = HostStore(Slow(gate=lambda: gate.wait(20)), 1 << 20)
+    store = HostStore(Slow(gate=lambda loaded: gate.wait(20)), 1 << 20)
     names = [version(str(number)) for number in range(3 * MAX_LOADING)]
     for name in names:
         store.request(name)

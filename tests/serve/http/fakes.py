@@ -83,6 +83,7 @@ class FakeEngine:
         self.delay = self.queued = self.prefill = 0.0
         self.refusal: Exception | None = None
         self.refuse_after = 0  # requests
+        self.together = 0  # nothing is answered before so many requests are there
         self.ends: FinishReason = "stop"
         self.known = {"alpha": Info("alpha", rank=8), "beta": Info("beta", method="dora", rank=16)}
         self.requests: list[Request] = []
@@ -102,6 +103,8 @@ class FakeEngine:
         self.running += 1
         self.peak = max(self.peak, self.running)
         try:
+            while len(self.requests) < self.together:
+                await asyncio.sleep(0.001)
             await asyncio.sleep(self.queued)
             stage = "prefill"
             await asyncio.sleep(self.prefill)

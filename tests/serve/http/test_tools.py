@@ -6,7 +6,7 @@ import json
 
 import jsonschema_rs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jora.serve.http.tool_formats import Call
@@ -76,6 +76,7 @@ _MARKS = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(_MARKS, max_size=12).map("".join), st.data())
 def test_how_it_is_cut_does_not_matter(text: str, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))

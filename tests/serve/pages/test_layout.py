@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jora.errors import InputError
@@ -92,6 +92,7 @@ def test_a_page_is_small_beside_an_adapter_and_the_largest_such(config, page_tok
             assert (layout.layer_group[layer], layout.layer_slot[layer]) == (number, slot)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(1, 40))
 def test_first_block_holds_the_first_key_in_the_window(position: int, page_tokens: int) -> None:
     layout = PoolLayout.of(gemma3(8), single_device(), "float32", page_tokens)
@@ -101,6 +102,7 @@ def test_first_block_holds_the_first_key_in_the_window(position: int, page_token
     assert layout.blocks(position) == len({token // page_tokens for token in range(position)})
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6))
 def test_adapter_pages_hold_the_stream_and_no_more(elements: int) -> None:
     layout = PoolLayout.of(GEMMA_270M, single_device(), "float32", 16)

@@ -39,6 +39,7 @@ def published(windows, tokens, pages=64):
 
 
 @pytest.mark.parametrize("slots", [0, 1, 5])
+@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 30), max_size=4))
 def test_keys_do_not_depend_on_how_they_were_extended(slots, cuts):
     tokens = list(range(100, 130))
