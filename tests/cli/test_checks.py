@@ -109,7 +109,7 @@ def test_a_hub_id_is_no_mistake(place, command, monkeypatch):
         fetched.append(name)
         return place / "adapter"
 
-    monkeypatch.setattr("jora.models.model.resolve", resolve)
+    monkeypatch.setattr("jora.methods.storage.resolve", resolve)
     with pytest.raises(Loaded):
         run([command, *NEEDED[command], "--model", "org/base", "--adapter", "org/adapter"])
     assert fetched == ["org/adapter"]  # a base may be large: it is fetched when all else is well

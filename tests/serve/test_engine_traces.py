@@ -377,8 +377,8 @@ def test_an_adapter_that_cannot_be_read_ends_its_requests_alone(
     assert "'one'" in (events["broken"][0].error or "") and str(tmp_path) not in (events["broken"][0].error or "")
     assert tokens(events["whole"]) == reference("two", prompt(33, 20))
     assert tokens(events["base"]) == reference(None, prompt(33, 20))
-    before = engine.stats().adapters["known"]
+    before, entries = engine.stats().adapters["known"], set(engine.catalogue._entries)
     with pytest.raises(InputError, match="the file has"):
         engine.load_adapter("two", "one")  # what is served stays
-    assert engine.stats().adapters["known"] == before
+    assert engine.stats().adapters["known"] == before and set(engine.catalogue._entries) == entries
     assert tokens(run(engine, ask("still", prompt(33, 21), "two"))["still"]) == reference("two", prompt(33, 21))

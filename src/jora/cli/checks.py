@@ -11,34 +11,16 @@ from jora.errors import InputError
 
 def check_names(model: str, adapter: str | None) -> None:
     """Model and adapter exist. An adapter on the hub is fetched; of a model there, nothing is known yet."""
+    from jora.methods.storage import locate_adapter
     from jora.models.model import resolve
 
-    if not _may_be_hub_id(model):
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):  # no hub id
         resolve(model)
     if adapter is not None:
-        _check_adapter(adapter)
-
-
-def _may_be_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def _check_adapter(adapter: str) -> None:
-    from jora.methods.storage import OWN_CONFIG, PEFT_CONFIG
-    from jora.models.model import resolve
-
-    directory = Path(adapter).expanduser()
-    if not directory.exists():
-        if not _may_be_hub_id(adapter):
-            raise InputError(
-                f"--adapter {adapter}: no such adapter; give an adapter directory or a hub id like org/name"
-            )
         try:
-            directory = resolve(adapter)
+            locate_adapter(adapter)
         except InputError as error:
             raise InputError(f"--adapter {error}") from error
-    if not any((directory / name).is_file() for name in (PEFT_CONFIG, OWN_CONFIG)):
-        raise InputError(f"--adapter {adapter}: holds no {PEFT_CONFIG} and no {OWN_CONFIG}; give an adapter directory")
 
 
 def check_file(option: str, path: str) -> None:

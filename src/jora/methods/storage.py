@@ -90,7 +90,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model) -> Adapter:
     Warns (UserWarning) where the adapter was made for another base. Raises InputError, by name, for options
     that Jora does not have, and for missing, unknown, misshapen or non-finite tensors.
     """
-    directory = _locate(path)
+    directory = locate_adapter(path)
     own = read_json(directory / OWN_CONFIG) if (directory / OWN_CONFIG).is_file() else {}
     if not (directory / WEIGHTS).is_file():
         raise InputError(
@@ -128,7 +128,8 @@ def _peft_reader(peft: dict[str, Any], directory: Path) -> PeftReader:
     return registry.load_object(registry.PEFT_READERS[kind])
 
 
-def _locate(path: str | os.PathLike[str]) -> Path:
+def locate_adapter(path: str | os.PathLike[str]) -> Path:
+    """The directory of an adapter, fetched from the hub where it is an id. Raises InputError where there is none."""
     local = Path(path).expanduser()
     if not local.exists():
         text = os.fspath(path)
@@ -149,7 +150,9 @@ def _base(directory: Path, recorded: Mapping[str, str], name: str, model: Model)
         # PEFT records a name alone, and the same model may lie elsewhere: only its last part tells.
         same = not name or PurePath(name).name == PurePath(here["name"]).name
     if not same:
-        warnings.warn(f"{directory}: made for base {name!r}, used with {here['name']!r}", UserWarning, stacklevel=3)
+        then, now = (f"{base.get('fingerprint', 'not recorded')}" for base in (recorded, here))
+        made, used = f"{name!r} (fingerprint {then})", f"{here['name']!r} ({now})"
+        warnings.warn(f"{directory}: made for base {made}, used with {used}", UserWarning, stacklevel=3)
     return dict(recorded or here)
 
 
