@@ -15,10 +15,11 @@ class Reporter(Protocol):
     piece that started last.
     """
 
-    def start(self, total: int | None, what: str) -> None:
+    def start(self, total: int | None, what: str, done: int = 0) -> None:
         """Begin `what` ("training", "loading weights"), of `total` units; None when that is unknown.
 
-        `what` may name its unit after a comma: "training, steps".
+        `what` may name its unit after a comma: "training, steps". `done` units are behind us already where work
+        is taken up again: they count towards the total, not towards the rate.
         """
 
     def update(self, done: int, **fields: float | int | str) -> None:
@@ -38,7 +39,7 @@ class Reporter(Protocol):
 class Silent:
     """Says nothing: the default everywhere."""
 
-    def start(self, total: int | None, what: str) -> None:
+    def start(self, total: int | None, what: str, done: int = 0) -> None:
         """Ignore it."""
 
     def update(self, done: int, **fields: float | int | str) -> None:

@@ -213,7 +213,7 @@ def test_progress_counts_prompts():
     told = []
 
     class Listener:
-        def start(self, total, what):
+        def start(self, total, what, done=0):
             told.append((total, what))
 
         def update(self, done, **fields):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from jora.kernels.attention import cached_attention, explain, self_attention, why_not_cudnn
+from jora.kernels.attention import explain, self_attention, why_not_cudnn
 from jora.kernels.attention_xla import blocked_attention
 from jora.kernels.spec import AttentionSpec
 
@@ -111,22 +111,6 @@ def test_a_window_layer_never_scores_all_keys(monkeypatch):
 
     assert widest(5) <= 5 + 8
     assert widest(None) == 200
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_cached_attention_reads_only_what_each_row_holds(window):
-    rng = np.random.default_rng(1)
-    spec = AttentionSpec(scale=0.5, window=window)
-    slots, held = 24, np.array([20, 7])
-    q, k, v = inputs(rng, 2, slots)
-    garbage = np.arange(slots)[None] > held[:, None] + 1
-    cache_k, cache_v = (np.where(garbage[..., None, None], 1e4, a).astype(np.float32) for a in (k, v))
-    queries = held[:, None] + np.arange(2)
-    new = np.stack([q[row, at] for row, at in enumerate(queries)])
-    reach = jnp.int32(slots if window is None else window)
-    found = cached_attention(*map(jnp.asarray, (new, cache_k, cache_v, queries)), reach, spec)
-    whole = plain(*map(torch.tensor, (q, k, v)), visible_pairs(slots, None, window), spec).numpy()
-    np.testing.assert_allclose(found, np.stack([whole[row, at] for row, at in enumerate(queries)]), atol=2e-6)
 
 
 def test_the_choice_of_kernel_is_explained():

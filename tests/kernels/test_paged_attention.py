@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jora.kernels import paged_attention as kernel
+from jora.kernels import running_softmax
 from jora.kernels.paged_attention import Table, paged_attention, write_pages
 from jora.kernels.spec import AttentionSpec
 
@@ -110,7 +111,7 @@ def test_pages_before_the_window_are_not_read() -> None:
 def rounds(monkeypatch, positions: np.ndarray, window: int) -> int:
     """How many blocks of keys are folded in."""
     count = 0
-    fold = kernel._fold
+    fold = running_softmax.fold
 
     def counted(*args):
         nonlocal count
@@ -119,7 +120,7 @@ def rounds(monkeypatch, positions: np.ndarray, window: int) -> int:
 
     filled = Filled([100] * len(positions), 4)
     monkeypatch.setattr(kernel, "BLOCK", 8)
-    monkeypatch.setattr(kernel, "_fold", counted)
+    monkeypatch.setattr(running_softmax, "fold", counted)
     table = Table(jnp.asarray(filled.pages), jnp.int32(SLOT), 4)
     with jax.disable_jit():
         paged_attention(

@@ -7,6 +7,7 @@ program without an adapter. Sizes are chosen so that no two dimensions are equal
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -23,7 +24,7 @@ from jora.methods.ia3 import IA3
 from jora.methods.lora import LoRA, site_shape
 from jora.methods.method import State
 from jora.methods.vera import VeRA
-from jora.models.cache import KV, KV_AXES, Cache
+from jora.models.cache import KV, STACK_AXES, Cache
 from jora.models.config import LINEARS, ModelConfig
 from jora.models.families import config_from_hf
 from jora.sharding import Layout, parse_mesh
@@ -174,35 +175,39 @@ def test_nothing_gathers_queries_keys_or_values(mesh: str) -> None:
     assert not gathered, show(gathered)
 
 
-@pytest.mark.parametrize("mesh", ["tensor=4", "tensor=8", "data=2,fsdp=2,tensor=2"])
-def test_a_decode_step_leaves_the_cache_where_it_is(mesh: str) -> None:
-    slots = 72  # a size that nothing else has
+def decode_step(mesh: str, slots: int) -> jax.stages.Compiled:
     layout, method = layout_of(mesh), LoRA(rank=RANK)
     programs = abstract_programs(CONFIG, layout, method, TrainOptions(), jnp.float32)
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes, shape))
 
-    leaf = array((CONFIG.layers, ROWS, slots, CONFIG.kv_heads, CONFIG.head_dim), jnp.float32, *KV_AXES)
+    leaf = array(stack_shape(slots), jnp.float32, *STACK_AXES)
     numbers, flags, floats, seeds = (
         array((ROWS,), kind, "batch") for kind in (jnp.int32, jnp.bool_, jnp.float32, jnp.uint32)
     )
-    stream = Stream(Cache(KV(leaf, leaf), numbers), numbers, flags, numbers)
+    stream = Stream(Cache(KV(leaf, leaf), numbers, layout), numbers, flags, numbers)
     sampling = Sampling(floats, numbers, floats, floats, seeds)
-    state = State(programs.state.trained, programs.constant)
-    text = (
-        decode.lower(
-            programs.params,
-            state,
-            stream,
-            sampling,
-            array((2,), jnp.int32, None),
-            array((), jnp.int32),
-            program=Program(CONFIG, layout, method),
-        )
-        .compile(FAST)
-        .as_text()
+    lowered = decode.lower(
+        programs.params,
+        State(programs.state.trained, programs.constant),
+        stream,
+        sampling,
+        array((2,), jnp.int32, None),
+        array((), jnp.int32),
+        program=Program(CONFIG, layout, method),
     )
+    return lowered.compile(FAST)
+
+
+def stack_shape(slots: int) -> tuple[int, ...]:
+    return CONFIG.layers, ROWS, slots, CONFIG.kv_heads, CONFIG.head_dim
+
+
+@pytest.mark.parametrize("mesh", ["tensor=4", "tensor=8", "data=2,fsdp=2,tensor=2"])
+def test_a_decode_step_leaves_the_cache_where_it_is(mesh: str) -> None:
+    slots = 72  # a size that nothing else has
+    text = decode_step(mesh, slots).as_text()
     assert f",{slots}," in text  # the cache is in it
     found = collectives(text)
     assert found  # and so are the layers' reductions
@@ -212,6 +217,16 @@ def test_a_decode_step_leaves_the_cache_where_it_is(mesh: str) -> None:
     }
     heads = {i: n for i, n in found.items() if i.kind != "all-reduce" and is_heads(i)}
     assert not (moved := Counter({**wide, **heads})), show(moved)
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "tensor=2"])
+def test_a_decode_step_copies_no_cache(mesh: str) -> None:
+    """One array holds the keys of all layers: a copy of it in every layer once cost ten times the step."""
+    slots = 8192
+    compiled = decode_step(mesh, slots)
+    devices = layout_of(mesh).devices
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * math.prod(stack_shape(slots)) / devices / 2
+    assert not re.findall(rf"= f32\[[\d,]*\b{slots}\b[\d,]*\]\S* copy\(", compiled.as_text())
 
 
 def is_heads(item: Collective) -> bool:

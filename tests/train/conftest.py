@@ -28,15 +28,21 @@ def options(**changes: Any) -> TrainOptions:
 
 
 class Reporter:
-    """Keeps what it is told; `on_step` is called with the number of every training step that is read."""
+    """Keeps what it is told; `on_step` is called with the number of every training step that is read.
+
+    `behind` is what an earlier run had done of the training, as the last `start` said.
+    """
 
     def __init__(self, on_step: Any = None) -> None:
         self.notes: list[str] = []
         self.stack: list[str] = []
+        self.behind: int | None = None
         self.on_step = on_step
 
-    def start(self, total: int | None, what: str) -> None:
+    def start(self, total: int | None, what: str, done: int = 0) -> None:
         self.stack.append(what)
+        if what.startswith("training"):
+            self.behind = done
 
     def update(self, done: int, **fields: Any) -> None:
         if self.on_step and self.stack[-1].startswith("training"):

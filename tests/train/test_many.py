@@ -176,7 +176,9 @@ def test_resuming_gives_the_same(many: Ran, model: Model, tmp_path: Path) -> Non
     again = dataclasses.replace(SHARED, resume=True)
     with pytest.raises(InputError, match=r"cannot resume, job evaluated, .* differs"):
         jora.train_many(model, others, out=where, options=again)
-    results = jora.train_many(model, JOBS, out=where, options=again)
+    reporter = Reporter()
+    results = jora.train_many(model, JOBS, out=where, options=again, reporter=reporter)
+    assert reporter.behind is not None and reporter.behind >= 9
     for result in results:
         expected = many.results[result.name]
         assert (result.status, result.steps, result.reason) == (expected.status, expected.steps, expected.reason)

@@ -80,6 +80,7 @@ def test_lines_after_the_checkpoint_are_made_again(model: Model, adapter: Adapte
         reporter=reporter,
     )
     assert reporter.notes[0] == "resuming after step 4"
+    assert reporter.behind == 4
     assert [line["step"] for line in resumed.history] == list(range(1, 9))
     seconds = [line["seconds"] for line in resumed.history]
     assert seconds == sorted(seconds)

@@ -68,6 +68,18 @@ def test_a_line_now_and_then_with_rate_memory_and_time_left():
     assert all(word in line for word in ("loss 2", "100 tokens/s", "memory ", "left"))
 
 
+def test_the_rate_of_resumed_work_is_its_own():
+    stream = io.StringIO()
+    reporter = PlainReporter(stream, every_s=0.0)
+    reporter.start(40, "training, steps", 30)
+    reporter._stack[-1].started -= 30.0  # half a minute ago
+    reporter.update(31)
+    line = stream.getvalue().splitlines()[-1]
+    assert line.startswith("training: 31/40 steps, 30 s each, ") and line.endswith("4:30 left")
+    reporter.finish()
+    assert stream.getvalue().splitlines()[-1] == "training: 1 steps in 30 s"
+
+
 def test_lines_do_not_come_more_often_than_asked():
     stream = io.StringIO()
     reporter = PlainReporter(stream, every_s=1000.0)

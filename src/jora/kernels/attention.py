@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jora.kernels.attention_xla import blocked_attention, scores_to_output, visibility
+from jora.kernels.attention_xla import blocked_attention
 from jora.kernels.spec import AttentionSpec
 
 CUDNN_HEAD_DIM = 128  # cuDNN takes 256 on Hopper and later; this is what every supported GPU takes
@@ -29,22 +29,6 @@ def self_attention(
     if why_not_cudnn(q.dtype, q.shape[-1], spec, segments is not None) is None:
         return _cudnn(q, k, v, spec)
     return blocked_attention(q, k, v, segments, spec)
-
-
-def cached_attention(
-    q: Float[Array, "b s k g h"],
-    k: Float[Array, "b t k h"],
-    v: Float[Array, "b t k h"],
-    queries: Int[Array, "b s"],
-    window: Int[Array, ""],
-    spec: AttentionSpec,
-) -> Float[Array, "b s k g h"]:
-    """Attention of new tokens at indices `queries` over a cache whose slot t holds token t of its row.
-
-    window: the last keys that a query sees; data, so that layers of every kind share one program.
-    """
-    keys = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-    return scores_to_output(q, k, v, visibility(queries, keys, window), spec)
 
 
 def why_not_cudnn(dtype: Any, head_dim: int, spec: AttentionSpec, packed: bool) -> str | None:

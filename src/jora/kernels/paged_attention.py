@@ -20,14 +20,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from jora.kernels import running_softmax as softmax
 from jora.kernels.attention_xla import visibility
 from jora.kernels.spec import AttentionSpec
-from jora.kernels.widen import widen
 
 BLOCK = 128  # keys a round
-MASKED = -1e30
 _FAR = jnp.iinfo(jnp.int32).max
 
 Pool = Float[Array, "pages 1 elements"]
@@ -42,14 +41,6 @@ class Table(NamedTuple):
     pages: Int[Array, "b blocks"]
     slot: Int[Array, ""]
     page_tokens: int
-
-
-class _Running(NamedTuple):
-    """A softmax in progress: largest score, sum of exponentials, weighted sum of values; fp32."""
-
-    largest: Float[Array, "b k q"]
-    total: Float[Array, "b k q"]
-    values: Float[Array, "b k q h"]
 
 
 def write_pages(
@@ -90,24 +81,18 @@ def paged_attention(
     first_page = jnp.where(last >= 0, lowest, 0) // table.page_tokens
     pages = jnp.where(last >= 0, last // table.page_tokens + 1 - first_page, 0)
     rounds = (pages.max() + per_block - 1) // per_block
-    queries = jnp.moveaxis(q, 1, 3).reshape(q.shape[0], q.shape[2], -1, q.shape[4])  # [b, k, g * s, h]
+    queries = softmax.grouped(q)
 
-    def fold(index: Array, running: _Running) -> _Running:
+    def step(index: Array, running: softmax.Running) -> softmax.Running:
         blocks = first_page[:, None] + index * per_block + jnp.arange(per_block, dtype=jnp.int32)
         keys, values = _read(pool, table, blocks, q.shape[2:])
         at = (blocks[:, :, None] * table.page_tokens + jnp.arange(table.page_tokens)).reshape(keys.shape[:2])
         # A page may hold anything where this row has not written, even NaN: a weight of 0 would not hide that.
         mine = (at >= lowest[:, None]) & (at <= last[:, None])
         values = jnp.where(mine[:, :, None, None], values, 0)
-        return _fold(running, queries, keys, values, visibility(positions, at, window), spec)
+        return softmax.fold(running, queries, keys, values, visibility(positions, at, window), spec)
 
-    shape = queries.shape[:3]
-    zero = jnp.zeros(shape, jnp.float32)
-    start = _Running(jnp.full(shape, MASKED), zero, jnp.zeros(queries.shape, jnp.float32))
-    done = jax.lax.fori_loop(0, rounds, fold, start)
-    out = done.values / jnp.where(done.total > 0, done.total, 1)[..., None]
-    b, s, k, g, h = q.shape
-    return jnp.moveaxis(out.reshape(b, k, g, s, h), 3, 1).astype(q.dtype)
+    return softmax.finish(jax.lax.fori_loop(0, rounds, step, softmax.begin(queries)), q)
 
 
 def _read(
@@ -125,23 +110,3 @@ def _read(
         return read(pool, jnp.stack([page, at], axis=-1)).reshape(page.shape[0], -1, k, h)
 
     return part(0), part(1)
-
-
-def _fold(
-    running: _Running, queries: Array, keys: Array, values: Array, visible: Bool[Array, "b s t"], spec: AttentionSpec
-) -> _Running:
-    """A softmax over more keys."""
-    b, k, q, _ = queries.shape
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("bkqh,btkh->bkqt", *widen(queries, keys)) * spec.scale
-    if spec.cap is not None:
-        scores = spec.cap * jnp.tanh(scores / spec.cap)
-    seen = jnp.broadcast_to(visible[:, None, None], (b, k, q // visible.shape[1], *visible.shape[1:]))
-    seen = seen.reshape(scores.shape)
-    scores = jnp.where(seen, scores, MASKED)
-    largest = jnp.maximum(running.largest, scores.max(axis=-1))
-    # Where nothing is visible yet, largest is MASKED too and the exponential would be 1.
-    weights = jnp.where(seen, jnp.exp(scores - largest[..., None]), 0)
-    shrink = jnp.exp(running.largest - largest)
-    added = product("bkqt,btkh->bkqh", *widen(weights.astype(values.dtype), values))
-    return _Running(largest, running.total * shrink + weights.sum(axis=-1), running.values * shrink[..., None] + added)

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jora.kernels.attention import cached_attention
+from jora.kernels.cached_attention import cached_attention, write_slots
 from jora.kernels.spec import AttentionSpec
 from jora.models.config import ModelConfig
 from jora.sharding import Layout
 
-KV_AXES = (None, "batch", None, "kv_heads", None)
+# Logical axes around attention: heads are independent, so all of it is local to a device.
+Q_AXES = ("batch", None, "kv_heads", "q_group", None)
+KV_AXES = ("batch", None, "kv_heads", None)
+STACK_AXES = (None, *KV_AXES)
 
 
 class CachedLayer(NamedTuple):
@@ -67,49 +71,54 @@ class Cache:
 
     kv: KV
     lengths: Int[Array, " b"]
+    layout: Layout = field(metadata={"static": True})
     empty: bool = field(default=False, metadata={"static": True})
 
     def positions(self, count: int) -> Int[Array, "b s"]:
         return self.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)
 
     def attend(self, q: Array, k: Array, v: Array, layer: CachedLayer) -> tuple[Array, Cache]:
-        at = None if self.empty else self.positions(q.shape[1])
-        kv = write(self.kv, layer.number, at, k, v)
-        if at is None:
-            out = layer.among(q, k, v)
-        else:
-            out = cached_attention(q, kv.k[layer.number], kv.v[layer.number], at, layer.window, layer.spec)
-        return out, replace(self, kv=kv)
+        if self.empty:
+            kv = KV(_fill(self.kv.k, layer.number, k), _fill(self.kv.v, layer.number, v))
+            return layer.among(q, k, v), replace(self, kv=kv)
+        at = self.positions(q.shape[1])
+        arrays = (self.kv.k, self.kv.v, q, k, v, at, layer.number, layer.window)
+        axes = (STACK_AXES, STACK_AXES, Q_AXES, KV_AXES, KV_AXES, ("batch", None), (), ())
+        local = partial(_attend, spec=layer.spec)
+        out, *stacks = self.layout.local(local, arrays, axes, [Q_AXES, STACK_AXES, STACK_AXES])
+        return out, replace(self, kv=KV(*stacks))
 
     def advance(self, counts: Int[Array, " b"]) -> Cache:
         """The cache after `counts` new tokens a row; slots beyond a row's length are overwritten later."""
-        return Cache(self.kv, self.lengths + counts)
+        return replace(self, lengths=self.lengths + counts, empty=False)
 
 
 def new_cache(config: ModelConfig, layout: Layout, rows: int, slots: int, dtype: Any) -> Cache:
     """An empty cache of `slots` tokens a row."""
 
     shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
-    sharding = layout.sharding(KV_AXES, shape)
+    sharding = layout.sharding(STACK_AXES, shape)
     kv = KV(jnp.zeros(shape, dtype, device=sharding), jnp.zeros(shape, dtype, device=sharding))
-    return Cache(kv, jnp.zeros(rows, jnp.int32), empty=True)
+    return Cache(kv, jnp.zeros(rows, jnp.int32), layout, empty=True)
 
 
-def write(kv: KV, layer: Int[Array, ""], indices: Int[Array, "b s"] | None, k: Array, v: Array) -> KV:
-    """Store new keys and values [b, s, kv, h] of one layer at their slots; slots past the end are dropped.
+def _fill(stack: Array, layer: Array, new: Array) -> Array:
+    """New keys or values [b, s, kv, h] of one layer in its first s slots."""
+    return jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, 0, 0, 0))
 
-    indices None: the cache is empty, the tokens take the first s slots.
-    """
-    if indices is None:
-        start = (layer, 0, 0, 0, 0)
-        return KV(
-            jax.lax.dynamic_update_slice(kv.k, k[None], start),
-            jax.lax.dynamic_update_slice(kv.v, v[None], start),
-        )
 
-    def store(stack: Array, at: Int[Array, " s"], new: Array) -> Array:
-        return stack.at[layer, at].set(new, mode="drop")
-
-    # Mapped over the rows, which the compiler then knows to be independent: none is gathered on a mesh.
-    over_rows = jax.vmap(store, in_axes=(1, 0, 0), out_axes=1)
-    return KV(over_rows(kv.k, indices, k), over_rows(kv.v, indices, v))
+def _attend(
+    keys: Array,
+    values: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    at: Array,
+    number: Array,
+    window: Array,
+    *,
+    spec: AttentionSpec,
+) -> tuple[Array, Array, Array]:
+    """One device's part."""
+    keys, values = write_slots(keys, number, k, at), write_slots(values, number, v, at)
+    return cached_attention(q, keys, values, number, at, window, spec), keys, values

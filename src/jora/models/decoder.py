@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from jora.kernels.attention import self_attention
 from jora.kernels.spec import AttentionSpec
 from jora.models.adapted import Bound, Dense, Rows, Site, project
-from jora.models.cache import CachedLayer, KVCache
+from jora.models.cache import KV_AXES, Q_AXES, CachedLayer, KVCache
 from jora.models.config import LayerKind, ModelConfig
 from jora.models.params import Layers, Params
 from jora.models.rope import Rotation, rotate, rotation
@@ -222,14 +222,14 @@ def _attention(
 
     if cache is None:
         arrays = (q, k, v, turn.cos, turn.sin, *norms, kind, context.segments)
-        axes = (_Q, _KV, _KV, _ANGLES, _ANGLES, (None,), (None,), (), ("batch", None))
-        out = layout.local(attend, arrays, axes, _Q)
+        axes = (Q_AXES, KV_AXES, KV_AXES, _ANGLES, _ANGLES, (None,), (None,), (), ("batch", None))
+        out = layout.local(attend, arrays, axes, Q_AXES)
     else:
         q, k = prepare(q, turn.cos, turn.sin, norms[0]), prepare(k, turn.cos, turn.sin, norms[1])
         windows = tuple(jnp.int32(_spec(config, each).window or NO_WINDOW) for each in config.kinds)
 
         def among(q: Array, k: Array, v: Array) -> Array:
-            return layout.local(attend_prepared, (q, k, v, kind, None), (_Q, _KV, _KV, (), None), _Q)
+            return layout.local(attend_prepared, (q, k, v, kind, None), (Q_AXES, KV_AXES, KV_AXES, (), None), Q_AXES)
 
         here = CachedLayer(number, _of_kind(kind, windows), _spec(config, "full"), among)
         out, cache = cache.attend(q, k, v, here)
@@ -249,9 +249,6 @@ def _of_kind(kind: Array, values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else jax.tree.map(lambda *leaves: jax.lax.select_n(kind, *leaves), *values)
 
 
-# Logical axes of activations around attention: heads are independent, so all of it is local to a device.
-_Q = ("batch", None, "kv_heads", "q_group", None)
-_KV = ("batch", None, "kv_heads", None)
 _ANGLES = ("batch", None, None)
 
 

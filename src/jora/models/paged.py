@@ -12,12 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from jora.kernels.paged_attention import Table, paged_attention, write_pages
 from jora.kernels.spec import AttentionSpec
-from jora.models.cache import CachedLayer
+from jora.models.cache import KV_AXES, Q_AXES, CachedLayer
 from jora.sharding import Layout
 
 POOL_AXES = (None, "pool_shards", None)
-_Q = ("batch", None, "kv_heads", "q_group", None)
-_KV = ("batch", None, "kv_heads", None)
 
 
 class PageShape(Protocol):
@@ -59,14 +57,9 @@ class PagedCache:
         group, slot = (jnp.array(x, jnp.int32)[layer.number] for x in (self.shape.layer_group, self.shape.layer_slot))
         arrays = (self.pool, q, k, v, self.tables[group], slot, self.at, layer.window)
         local = partial(_attend, page_tokens=self.shape.page_tokens, spec=layer.spec)
-        if self.layout.devices > 1:
-            axes = (POOL_AXES, _Q, _KV, _KV, (None, None), (), (None, None), ())
-            specs = tuple(self.layout.spec(a, x.shape) for a, x in zip(axes, arrays, strict=True))
-            # Heads are independent, and each device has its own in its part of the page: nothing is exchanged.
-            local = jax.shard_map(
-                local, mesh=self.layout.mesh, in_specs=specs, out_specs=(specs[1], specs[0]), check_vma=False
-            )
-        out, pool = local(*arrays)
+        # Heads are independent, and each device has its own in its part of the page: nothing is exchanged.
+        axes = (POOL_AXES, Q_AXES, KV_AXES, KV_AXES, (None, None), (), (None, None), ())
+        out, pool = self.layout.local(local, arrays, axes, [Q_AXES, POOL_AXES])
         return out, replace(self, pool=pool)
 
 

@@ -100,8 +100,8 @@ class Layout:
     def local(self, function: Callable[..., Any], arrays: Sequence[Any], axes: Sequence[Any], out: Any) -> Any:
         """Run `function` on each device's own part of `arrays`, for work that needs no communication.
 
-        axes: logical axes of each array, out: of the result. None arrays are passed through. The compiler
-        is given no choice here; left to itself it may move activations between devices.
+        axes: logical axes of each array, out: of the result, a list of them for several results. None arrays are
+        passed through. The compiler is given no choice here; left to itself it may move activations between devices.
         """
         if self.mesh.size == 1:
             return function(*arrays)
@@ -114,8 +114,9 @@ class Layout:
                 full[i] = shard
             return function(*full)
 
-        out_spec = self.spec(out, jax.eval_shape(function, *arrays).shape)
-        mapped = jax.shard_map(on_shards, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)
+        made = jax.eval_shape(function, *arrays)
+        out_specs: Any = self.spec(out, made.shape) if isinstance(out, tuple) else _specs(self, out, made)
+        mapped = jax.shard_map(on_shards, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return mapped(*(arrays[i] for i in present))
 
     def is_cut(self, axes: tuple[str | None, ...], shape: tuple[int, ...], logical: str) -> bool:
@@ -135,6 +136,10 @@ class Layout:
             out_specs=PartitionSpec(None, *others),
             check_vma=False,
         )(weight)
+
+
+def _specs(layout: Layout, axes: Sequence[Any], arrays: Sequence[Any]) -> tuple[PartitionSpec, ...]:
+    return tuple(layout.spec(each, array.shape) for each, array in zip(axes, arrays, strict=True))
 
 
 def mesh_axes(parts: Iterable[Any]) -> tuple[str, ...]:

@@ -160,7 +160,7 @@ class Run:
         return programs, remat
 
     def _train(self) -> None:
-        self.reporter.start(self.total, "training, steps")
+        self.reporter.start(self.total, "training, steps", self.progress.step)
         with delayed_interrupt() as interrupt:
             while self.progress.step < self.total and not self._exhausted_patience():
                 self._step()

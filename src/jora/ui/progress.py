@@ -29,13 +29,19 @@ class _Work:
     total: int | None
     started: float = field(default_factory=time.monotonic)
     shown: float = field(default_factory=time.monotonic)
+    before: int = 0  # done by an earlier run
     done: int = 0
     task: TaskID | None = None
 
     @classmethod
-    def named(cls, total: int | None, what: str) -> _Work:
+    def named(cls, total: int | None, what: str, done: int) -> _Work:
         name, _, unit = what.partition(",")
-        return cls(name.strip(), unit.strip(), total)
+        return cls(name.strip(), unit.strip(), total, before=done, done=done)
+
+    @property
+    def here(self) -> int:
+        """Units done since the start."""
+        return self.done - self.before
 
     @property
     def seconds(self) -> float:
@@ -47,12 +53,12 @@ class _Work:
         return f"{self.done}{of} {self.unit}".rstrip()
 
     def left(self) -> str:
-        if not self.total or not self.done:
+        if not self.total or not self.here:
             return ""
-        return f"{duration((self.total - self.done) * self.seconds / self.done)} left"
+        return f"{duration((self.total - self.done) * self.seconds / self.here)} left"
 
     def closing(self, fields: dict[str, float | int | str]) -> str:
-        count = f"{self.done} {self.unit} in ".replace("  ", " ") if self.done else ""
+        count = f"{self.here} {self.unit} in ".replace("  ", " ") if self.here else ""
         told = facts(fields)
         return f"{self.what}: {count}{duration(self.seconds)}{', ' if told else ''}{told}"
 
@@ -68,9 +74,9 @@ class PlainReporter:
     def _say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
-    def start(self, total: int | None, what: str) -> None:
+    def start(self, total: int | None, what: str, done: int = 0) -> None:
         """Begin a piece of work, inside the one that is under way if there is one."""
-        work = _Work.named(total, what)
+        work = _Work.named(total, what, done)
         self._stack.append(work)
         self._say(f"{work.what}: {total} {work.unit or 'to do'}" if total is not None else f"{work.what} ...")
 
@@ -81,7 +87,7 @@ class PlainReporter:
         if time.monotonic() - work.shown < self._every_s:
             return
         work.shown = time.monotonic()
-        parts = [work.count, rate(done / work.seconds), facts(fields), f"memory {memory()}", work.left()]
+        parts = [work.count, rate(work.here / work.seconds), facts(fields), f"memory {memory()}", work.left()]
         self._say(f"{work.what}: {', '.join(filter(None, parts))}")
 
     def note(self, text: str) -> None:
@@ -117,11 +123,11 @@ class LiveReporter:
             self._progress.start()
         return self._progress
 
-    def start(self, total: int | None, what: str) -> None:
+    def start(self, total: int | None, what: str, done: int = 0) -> None:
         """Draw a bar; it pulses when the total is unknown."""
-        work = _Work.named(total, what)
+        work = _Work.named(total, what, done)
         self._stack.append(work)
-        work.task = self._bars().add_task(escape(work.what), total=total, told="")
+        work.task = self._bars().add_task(escape(work.what), total=total, completed=done, told="")
 
     def update(self, done: int, **fields: float | int | str) -> None:
         """Move the bar."""
@@ -129,7 +135,7 @@ class LiveReporter:
         work.done = done
         if time.monotonic() - self._memory_at > MEMORY_EVERY_S:
             self._memory, self._memory_at = memory(), time.monotonic()
-        told = ", ".join(filter(None, [facts(fields), rate(done / work.seconds), self._memory]))
+        told = ", ".join(filter(None, [facts(fields), rate(work.here / work.seconds), self._memory]))
         assert work.task is not None
         self._bars().update(work.task, completed=done, told=escape(told))
 

@@ -114,7 +114,7 @@ class ManyRun:
     # --- a step ---
 
     def _train(self) -> None:
-        self.reporter.start(self.total, "training, steps of jobs")
+        self.reporter.start(self.total, "training, steps of jobs", self._steps_done())
         with delayed_interrupt() as interrupt:
             while running := self._running():
                 self._step(running)
@@ -129,6 +129,9 @@ class ManyRun:
                     raise KeyboardInterrupt
             self._save()
         self.reporter.finish()
+
+    def _steps_done(self) -> int:
+        return sum(job.progress.step for job in self.jobs)
 
     def _running(self) -> list[Running]:
         """The jobs of the next step: waiting jobs take free places, in their order."""
@@ -200,9 +203,8 @@ class ManyRun:
                 self.reporter.note(job.fail(step, seen))
                 continue
             job.write(step, rows, values, seconds, memory, now - self.started)
-        done = sum(job.progress.step for job in self.jobs)
         tokens = sum(rows.tokens for _, _, rows in pending.jobs)
-        self.reporter.update(done, jobs=len(pending.jobs), tokens_per_s=tokens / max(seconds, 1e-9))
+        self.reporter.update(self._steps_done(), jobs=len(pending.jobs), tokens_per_s=tokens / max(seconds, 1e-9))
 
     def _drain(self) -> None:
         """Read the step that is under way."""
