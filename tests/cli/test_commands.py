@@ -92,11 +92,14 @@ def test_generate_answers_one_prompt_and_a_file(model, data, tmp_path, capsys):
     run(["generate", *options, "--prompt", "What colour is milk?", "--plain"])
     single = capsys.readouterr().out
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\nWhat colour is milk?\n\n")
+    prompts.write_text("\nWhat colour is milk?\n\nor\u2028snow?\r\n", encoding="utf-8")
     run(["generate", *options, "--prompts", str(prompts), "--plain"])
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert answers == [{"prompt": "What colour is milk?", "answer": single.removesuffix("\n")}]
+    answers = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+    assert answers[0] == {"prompt": "What colour is milk?", "answer": single.removesuffix("\n")}
+    assert [row["prompt"] for row in answers[1:]] == ["or\u2028snow?"]  # only a line's end ends a prompt
     out = tmp_path / "answers.jsonl"
+    run(["generate", *options, "--prompt", "What colour is milk?", "--plain", "--out", str(out)])
+    assert [json.loads(line) for line in out.read_text().splitlines()] == answers[:1]
     run(["generate", *options, "--prompts", str(data / "eval.jsonl"), "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows and all(row["prompt"][-1]["role"] == "user" for row in rows)

@@ -27,6 +27,8 @@ from jora.train import train
 from jora.train.checkpoints import Checkpoints
 from jora.train.examples import digest, load_examples
 from jora.train.loop import Run
+from jora.train.many.jobs import Job
+from jora.train.options import TrainOptions
 
 
 def mean_loss(model: Model, adapter: Any, data: Any) -> float:
@@ -266,6 +268,33 @@ def test_an_adapter_of_another_model_is_refused(model: Model, adapter: Adapter, 
     other = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, layers=9))
     with pytest.raises(InputError, match="the adapter was made for a llama 9 x"):
         train(model, other, examples(4), out=tmp_path / "run", options=OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        ({"rank_pattern": {"q_prj": 8}}, "rank_pattern: 'q_prj' matches no adapted module"),
+        ({"alpha_pattern": {"k_proj": 8.0}}, "alpha_pattern: 'k_proj' matches no adapted module"),
+        ({"exclude_modules": ["o_proj"]}, "exclude_modules: 'o_proj' is none of the modules that targets"),
+        ({"exclude_modules": r".*\.mlp\..*"}, "exclude_modules: '.*mlp.*' is none of the modules"),
+    ],
+)
+def test_an_option_that_names_no_module_is_refused(model: Model, tmp_path: Path, chosen: dict, says: str) -> None:
+    method = dataclasses.replace(METHOD, targets=("q_proj", "v_proj"), **chosen)
+    with pytest.raises(InputError, match=says):
+        train(model, method, examples(4), out=tmp_path / "run", options=OPTIONS)
+    assert not (tmp_path / "run").exists()
+    jobs = [Job(name="one", data=examples(4), method=method, options=TrainOptions())]
+    with pytest.raises(InputError, match=says):
+        jora.train_many(model, jobs, out=tmp_path / "many")
+
+
+def test_options_that_name_modules_stand(model: Model, tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"self_attn.v_.*": 8.0}}
+    method = dataclasses.replace(
+        METHOD, targets="all-linear", exclude_modules=["up_proj", "1.mlp.gate_proj"], **patterns
+    )
+    train(model, method, examples(4), out=tmp_path / "run", options=options(max_steps=1))
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run(model: Model, adapter: Adapter, tmp_path: Path) -> None:

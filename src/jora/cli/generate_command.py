@@ -22,11 +22,11 @@ class Options(ModelOptions):
     adapter: str | None = None
     """An adapter directory; without it the base answers."""
     prompt: str | None = None
-    """One prompt; the answer goes to standard output."""
+    """One prompt."""
     prompts: str | None = None
     """A file: .jsonl in a training format (answers in it are not shown to the model), or a prompt a line."""
     out: str | None = None
-    """Where the answers to `prompts` go, a JSON object a line; standard output by default."""
+    """Where the answers go, a JSON object a line; standard output by default."""
     plain: bool = False
     """Take prompts as they are, without the model's chat template."""
     max_new_tokens: int = 128
@@ -77,7 +77,7 @@ def _read_prompts(options: Options) -> list[Any]:
 
         return [_from_example(example) for example in read_examples(path)]
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not where str.splitlines ends lines as well
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
     prompts = [conversation(line) for line in lines if line.strip()]
@@ -121,7 +121,7 @@ def run(options: Options, reporter: Reporter) -> None:
         batch_size=options.batch_size,
         reporter=reporter,
     )
-    if options.prompts is None:
+    if options.prompts is None and options.out is None:
         print(answers[0])
         return
     text = json_lines({"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True))

@@ -77,6 +77,27 @@ def select(
     return chosen
 
 
+def check_options_match(method: Any, config: ModelConfig) -> None:
+    """Raise InputError where an option of a method about to be trained names no module: a slip that would do nothing.
+
+    Not for adapters that are loaded: PEFT lets such options pass, and they change nothing there.
+    """
+    targets, layers = getattr(method, "targets", None), getattr(method, "layers_to_transform", None)
+    if targets is None:
+        return
+    named, excluded = select(config, targets, (), layers), as_names(getattr(method, "exclude_modules", ()))
+    for entry in (excluded,) if isinstance(excluded, str) else [(entry,) for entry in excluded]:
+        if entry and not any(_matches(name, entry) for name in named):
+            shown = entry if isinstance(entry, str) else entry[0]
+            raise InputError(f"exclude_modules: {shown!r} is none of the modules that targets {targets!r} select")
+    adapted = select(config, targets, excluded, layers)
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(method, option, ()):
+            if not any(_pattern_matches(pattern, name) for name in adapted):
+                known = "a name such as q_proj, or a regular expression of how module names end"
+                raise InputError(f"{option}: {pattern!r} matches no adapted module; give {known}")
+
+
 def _included(name: str, target: str, targets: str | Sequence[str]) -> bool:
     if targets == "all-linear":
         return target in LINEARS
@@ -96,9 +117,13 @@ def _ends_with(name: str, entry: str) -> bool:
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches a module name, by PEFT's `(.*\\.)?(key)$`."""
     for pattern, value in patterns.items():
-        if full_match(rf"(.*\.)?({pattern})", name):
+        if _pattern_matches(pattern, name):
             return value
     return default
+
+
+def _pattern_matches(pattern: str, name: str) -> bool:
+    return full_match(rf"(.*\.)?({pattern})", name)
 
 
 def full_match(pattern: str, name: str) -> bool:

@@ -15,6 +15,7 @@ import jax
 
 from jora.data.batches import Batches, Tokenised, prompt_of
 from jora.methods.method import Adapter
+from jora.methods.targets import check_options_match
 from jora.models.model import Model
 from jora.reporting import SILENT, Reporter
 from jora.train.examples import Data, load_examples
@@ -55,6 +56,7 @@ def train(
         model.parts_of(method)
     else:
         model.check_method(method)
+        check_options_match(method, model.config)
     directory = open_directory(out, options.resume)
     examples = load_examples(data, model, options, reporter, "training data")
     held_out = None if eval_data is None else load_examples(eval_data, model, options, reporter, "evaluation data")

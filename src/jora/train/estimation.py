@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jora.data.batches import Shape
 from jora.errors import InputError
 from jora.methods.method import Adapter
+from jora.methods.targets import check_options_match
 from jora.models.config import ModelConfig
 from jora.models.decoder import Remat
 from jora.models.families import config_from_hf
@@ -213,6 +214,7 @@ def abstract_programs(
     params = abstract_params(config, layout, dtype, quant)
     model = Model(params, config, layout, {}, "", {})
     model.check_method(method)
+    check_options_match(method, config)
     shapes = jax.eval_shape(lambda key: method.init(model, key).state, jax.random.key(0))
     adapter = abstract_adapter(method, shapes, config, layout)
     optimizer = optimizer_for(method, options, 1000, config, layout, adapter.trained)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from jora.data.batches import Batches
 from jora.methods.bank import check_bankable
 from jora.methods.method import Adapter, State
+from jora.methods.targets import check_options_match
 from jora.models.model import Model
 from jora.reporting import SILENT, Reporter
 from jora.train.examples import digest, load_examples
@@ -65,6 +66,7 @@ def prepare(job: Job, model: Model, reporter: Reporter = SILENT) -> Prepared:
     """A job's data as batches, its steps, and what decides its numbers."""
     options = job.options
     model.check_method(job.method)
+    check_options_match(job.method, model.config)
     check_bankable(job.method, model, f"job {job.name}")
     examples = load_examples(job.data, model, options, reporter, f"job {job.name}, training data")
     evaluation, eval_digest = None, None
