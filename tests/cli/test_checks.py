@@ -11,6 +11,7 @@ from tests.bytewise import bytewise_llama
 
 import jora
 from jora.cli.main import run
+from jora.data.formats import read_examples
 from jora.errors import InputError
 
 NEEDED = {
@@ -125,6 +126,60 @@ def test_what_is_right_is_loaded(place, command):
 def test_a_missing_file_of_prompts_is_named_by_its_option(place):
     with pytest.raises(InputError, match=r"^--prompts nope\.txt: no such file"):
         run(["generate", "--model", "model", "--prompts", "nope.txt"])
+
+
+JOBS = """
+out: many
+jobs:
+  - {name: good, data: data.jsonl}
+  - {name: bad, data: data.jsonl}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("bad, data: data", "bad, data: nope"), r"job bad: data nope\.jsonl: no such file"),
+        (("data.jsonl}\n", "data.jsonl, eval_data: thesis}\n"), "job good: eval_data thesis is a directory"),
+        (("out: many", "out: thesis"), "thesis is not empty and holds no run"),
+        (("out: many", "out: data.jsonl/x"), "--out data.jsonl/x: .*data.jsonl is a file"),
+        (("out: many", "out: many\nmodel: ./nope"), r"\./nope"),
+    ],
+)
+def test_jobs_are_looked_at_before_the_model_is_loaded(place, change, words):
+    model = [] if "model" in change[1] else ["--model", "model"]
+    (place / "jobs.yaml").write_text(JOBS.replace(*change, 1))
+    with pytest.raises(InputError, match=f"^{words}"):
+        run(["train-many", "jobs.yaml", *model])
+    assert not (place / "many").exists()
+    (place / "jobs.yaml").write_text(JOBS)
+    with pytest.raises(Loaded):
+        run(["train-many", "jobs.yaml", "--model", "model"])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--model", "./nope"], r"\./nope"),
+        (["--adapters", "nope"], "--adapters nope: no such directory$"),
+        (["--adapters", "data.jsonl"], "--adapters data.jsonl is a file: give a directory"),
+        (["--documents", "nope"], "--documents nope: no such directory or file"),
+    ],
+)
+def test_what_is_to_be_served_is_looked_for_before_the_model_is_loaded(place, given, words):
+    with pytest.raises(InputError, match=f"^{words}"):
+        run(["serve", "--port", "0", *(given if "--model" in given else ["--model", "model", *given])])
+    with pytest.raises(Loaded):
+        run(["serve", "--port", "0", "--model", "model", "--adapters", "ran", "--documents", "thesis"])
+
+
+def test_a_tilde_is_the_home_directory_in_a_file_too(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    (place / "train.yaml").write_text("model: ~/model\ndata: ~/data.jsonl\nout: ~/new\n")
+    with pytest.raises(Loaded):
+        run(["train", "--config", "train.yaml"])
+    read = json.loads((place / "data.jsonl").read_text())
+    assert [example.prompt for example in read_examples("~/data.jsonl")] == [read["prompt"]]
 
 
 def test_a_run_may_be_resumed(place):

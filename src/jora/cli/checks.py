@@ -25,10 +25,20 @@ def check_names(model: str, adapter: str | None) -> None:
 
 def check_file(option: str, path: str) -> None:
     """The file that an option names exists."""
-    if Path(path).is_dir():
+    file = Path(path).expanduser()
+    if file.is_dir():
         raise InputError(f"{option} {path} is a directory: give a file")
-    if not Path(path).exists():
+    if not file.exists():
         raise InputError(f"{option} {path}: no such file")
+
+
+def check_there(option: str, path: str, *, directory: bool = False) -> None:
+    """What an option names exists: a directory, or a file as well."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise InputError(f"{option} {path}: no such directory{'' if directory else ' or file'}")
+    if directory and not place.is_dir():
+        raise InputError(f"{option} {path} is a file: give a directory")
 
 
 def check_at_least_one(options: CommandOptions, *names: str) -> None:
@@ -43,7 +53,7 @@ def check_out_file(out: str | None) -> None:
     """A file can be written at --out."""
     if out is None:
         return
-    if Path(out).is_dir():
+    if Path(out).expanduser().is_dir():
         raise InputError(f"--out {out} is a directory: give a file")
     check_parent(out)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jora.cli.options import CommandOptions
@@ -81,7 +82,7 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 def write_out(out: str, text: str) -> None:
     """Write the file of --out, whole or not at all. Raises InputError, with that name, where it cannot be written."""
     try:
-        with atomic_write(out) as temporary:
+        with atomic_write(Path(out).expanduser()) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise InputError(f"--out {out}: could not be written: {error.strerror}") from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jora.cli.checks import check_names, check_there
 from jora.cli.common import ModelOptions, open_model
 from jora.errors import InputError
 from jora.reporting import Reporter
@@ -103,6 +104,11 @@ def run(options: Options, reporter: Reporter) -> None:
     if options.replicas < 1 or (options.replicas > 1 and not options.ray):
         raise InputError(f"--replicas {options.replicas}: a number from 1, together with --ray")
     options = with_demo(options, reporter)
+    check_names(options.model, None)
+    if options.adapters is not None:
+        check_there("--adapters", options.adapters, directory=True)
+    if options.documents is not None:
+        check_there("--documents", options.documents)
     keys = Keys.load(options.keys, reporter)
     engine_options = engine_options_of(options, keys.weights)
     if options.keys is None and options.host not in ("127.0.0.1", "::1", "localhost"):

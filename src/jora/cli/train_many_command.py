@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from jora.cli.checks import check_file, check_names, check_parent
 from jora.cli.common import ModelOptions, open_model
 from jora.cli.method_choice import DEFAULT, MethodChoice
 from jora.cli.options import CommandOptions, nearest, option_names, read_values, read_yaml
@@ -68,11 +69,24 @@ def run(options: Options, reporter: Reporter) -> None:
     """Read the jobs, load the model, train, say what became of each."""
     given = {"model": options.model, "out": options.out, "mesh": options.mesh, "resume": options.resume or None}
     whole, jobs = read_jobs(Path(options.jobs).expanduser(), {k: v for k, v in given.items() if v is not None})
+    _check(whole, jobs)
     model = open_model(whole, reporter)
     from jora.train.many.api import train_many
 
     results = train_many(model, jobs, out=whole.out, options=whole.many, reporter=reporter)
     print(_table(results))
+
+
+def _check(whole: _Whole, jobs: list[Job]) -> None:
+    from jora.train.record import open_directory
+
+    for job in jobs:
+        for option, path in (("data", job.data), ("eval_data", job.eval_data)):
+            if isinstance(path, str):
+                check_file(f"job {job.name}: {option}", path)
+    check_parent(whole.out)
+    open_directory(whole.out, whole.many.resume)  # makes nothing yet
+    check_names(whole.model, None)
 
 
 def read_jobs(path: Path, given: Mapping[str, Any]) -> tuple[_Whole, list[Job]]:

@@ -140,7 +140,7 @@ def read_documents(path: str | os.PathLike[str]) -> list[Document]:
     Raises:
         InputError: nothing there, nothing readable in it, or a file that is not what its ending says.
     """
-    root = Path(path)
+    root = Path(path).expanduser()
     if root.is_dir():
         files = [file for file in root.rglob("*") if file.is_file() and file.suffix.lower() in ENDINGS]
         named = sorted((file.relative_to(root).as_posix(), file) for file in files)

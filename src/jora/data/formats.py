@@ -85,7 +85,7 @@ def json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, 
     Raises:
         InputError: the file is missing or not UTF-8, or a line is not a JSON object.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -75,7 +75,7 @@ def write_index(index: Index, out: str | os.PathLike[str]) -> None:
     Raises:
         InputError: `out` holds something else.
     """
-    target = Path(out)
+    target = Path(out).expanduser()
     if target.exists() and not (target / MANIFEST).is_file():
         raise InputError(f"{target} holds something that is no index: give another directory")
     with atomic_directory(target) as directory:
@@ -94,7 +94,7 @@ def read_index(path: str | os.PathLike[str]) -> Index:
     Raises:
         InputError: this is no index, or not a whole one.
     """
-    directory = Path(path)
+    directory = Path(path).expanduser()
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if "index" not in manifest:
@@ -135,6 +135,6 @@ def open_index(
     path: str | os.PathLike[str], tokenizer: Callable[..., Any], options: RaftOptions | None = None
 ) -> Index:
     """An index directory, or documents (as `read_documents` reads them) that are indexed now, with `options`."""
-    if (Path(path) / MANIFEST).is_file():
+    if (Path(path).expanduser() / MANIFEST).is_file():
         return read_index(path)
     return build_index(read_documents(path), tokenizer, options or RaftOptions())

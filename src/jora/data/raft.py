@@ -287,7 +287,7 @@ def write(result: RaftSet, out: str | os.PathLike[str]) -> None:
     Raises:
         InputError: `out` is a file, or a directory that holds something else.
     """
-    target_directory = Path(out)
+    target_directory = Path(out).expanduser()
     names = {"train.jsonl", "eval.jsonl", "manifest.json"}
     if target_directory.is_file():
         raise InputError(f"{target_directory} is a file: give a directory")

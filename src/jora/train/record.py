@@ -91,7 +91,7 @@ def write_values(path: Path, values: Mapping[str, Any], about: Mapping[str, Any]
 
 def open_directory(out: str | os.PathLike[str], resume: bool) -> Path:
     """The run's directory. Raises InputError where it holds a run (or anything else) and `resume` is off."""
-    directory = Path(out)
+    directory = Path(out).expanduser()
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file: give a directory for the run")
     holds_run = (directory / CONFIG).exists()
