@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -267,3 +268,14 @@ def test_without_ray_one_line_names_the_extra(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jora", "serve", "--ray", "--port", "0", "--model", hf_base()[1]]
     found = subprocess.run(command, env=env, capture_output=True, text=True)
     assert found.returncode == 2 and found.stderr.count("\n") == 1 and "jora[ray]" in found.stderr
+
+
+def test_a_cluster_that_is_not_there_is_found_out_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "jora", "serve", "--ray", "--port", "0", "--model", hf_base()[1]]
+        env = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(SRC), "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)  # Ray by itself: minutes
+    assert done.returncode == 2, done.stderr
+    assert f"RAY_ADDRESS={address}: no Ray cluster answers there" in done.stderr.splitlines()[-1]

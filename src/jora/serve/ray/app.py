@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ ACCELERATORS = ("GPU", "TPU")  # Ray's names
 OBJECT_STORE_BYTES = 100 << 20  # of a local cluster: events are small and go inline
 CONTROL_CALLS = 64  # at a replica beside its requests: statuses, changes, lists
 HEALTH_SECONDS = 5.0
+KNOCK_SECONDS = 10.0
 GONE_SECONDS = 5.0  # for a replica to end, once requests have
 
 
@@ -81,12 +83,12 @@ def replicas(
 def _connect(local: bool, count: int) -> None:
     quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
     if not local:
+        address = os.environ["RAY_ADDRESS"]
         try:
+            _knock(address)
             ray.init(**quiet)
-        except ConnectionError as error:
-            raise InputError(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({error})"
-            ) from error
+        except OSError as error:
+            raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from error
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray listens on all interfaces; from 2.60 on a local cluster asks for the token in ~/.ray by itself.
@@ -98,6 +100,13 @@ def _connect(local: bool, count: int) -> None:
         include_dashboard=False,
         **quiet,
     )
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens: Ray itself tries for minutes before it says so."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # not "auto"
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def _resources(mesh: str | None, count: int) -> dict[str, object]:
