@@ -25,6 +25,8 @@ from jora.compare.plan import read_plan
 from jora.compare.results import JOB, RESULT, read_result, write_json
 from jora.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 PLAN = """
 model: {model}
 data: {data}/train.jsonl

@@ -180,6 +180,7 @@ def all_pages_back(engine: Engine) -> None:
     check(engine)
 
 
+@pytest.mark.slow
 def test_random_traces(engine_of: Callable[..., Engine], reference: Reference) -> None:
     seen: Counter[str] = Counter()
 

@@ -127,6 +127,7 @@ def test_the_projected_norm_is_below_the_exact_one(model: Model, clipped: tuple[
     assert projected[0]["loss"] == pytest.approx(exact["loss"])
 
 
+@pytest.mark.slow
 def test_gradients_of_one_layer_exist_at_a_time() -> None:
     """By the compiler's analysis: twice the layers add nothing but their kept inputs."""
 
