@@ -76,12 +76,13 @@ def test_what_it_says_at_start(required):
     assert '"model": "base"' in told(server, [], memory, "x")[3]
 
 
-def test_a_port_in_use_is_one_line_before_anything_is_loaded():
+def test_a_port_in_use_is_one_line_before_anything_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text("{}")  # a model to the eye, which would be refused when it is loaded
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        argv = [sys.executable, "-m", "jora", "serve", "--model", "./absent", "--port", port]
+        argv = [sys.executable, "-m", "jora", "serve", "--model", str(tmp_path), "--port", port]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert f"--port {port}" in done.stderr and "in use" in done.stderr
