@@ -194,13 +194,41 @@ def test_what_old_files_say_is_read():
     assert config_from_hf({**OLD["llama31"], "rope_scaling": {**LLAMA31_SCALING, "type": "llama3"}}) == llama
     assert config_from_hf(OLD["qwen2 with windows"]).layer_kinds.count("sliding") == 3
     assert config_from_hf(OLD["qwen25"]).window is None
-    assert config_from_hf(OLD["gemma"]).activation == "gelu_tanh"
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen3"])
 def test_what_a_file_leaves_out_is_filled_in_as_transformers_does(name):
     left_out = {k: v for k, v in OLD[name].items() if k not in ("sliding_window", "head_dim")}
     assert config_from_hf(left_out) == config_from_hf(OLD[name])
+
+
+@pytest.mark.parametrize("name", ["qwen2 with windows", "qwen3"])
+@pytest.mark.parametrize("missing", ["sliding_window", "max_window_layers", "both"])
+def test_windows_that_a_qwen_file_leaves_out(name, missing):
+    names = ("sliding_window", "max_window_layers") if missing == "both" else (missing,)
+    old = {**OLD[name], "use_sliding_window": True, "num_hidden_layers": 36}
+    left_out = {k: v for k, v in old.items() if k not in names}
+    new = AutoConfig.for_model(old["model_type"], **{k: v for k, v in left_out.items() if k != "model_type"})
+    assert config_from_hf(left_out) == config_from_hf(new.to_dict())
+    assert "sliding" in config_from_hf(left_out).layer_kinds
+
+
+@pytest.mark.parametrize(
+    ("said", "activation"),
+    [
+        (dict(hidden_act="gelu", hidden_activation="gelu_pytorch_tanh"), "gelu_tanh"),
+        (dict(hidden_act="gelu", hidden_activation=None), "gelu_tanh"),
+        (dict(hidden_act="silu"), "silu"),
+        (dict(), "gelu_tanh"),
+    ],
+)
+def test_gemma_1_names_its_activation_as_transformers_reads_it(said, activation):
+    hf = {k: v for k, v in OLD["gemma"].items() if k not in ("hidden_act", "hidden_activation")}
+    assert config_from_hf({**hf, **said}).activation == activation
+    tanh = {"gelu_tanh": "gelu_pytorch_tanh"}
+    said.pop("hidden_activation", None)  # transformers ignores it
+    theirs = AutoConfig.for_model("gemma", **{k: v for k, v in hf.items() if k != "model_type"}, **said)
+    assert theirs.hidden_act == tanh.get(activation, activation)
 
 
 def test_gemma_configs_may_leave_out_what_the_family_implies():

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tests.tiny import assert_close, logits, tiny, tokens
+from transformers import AutoModelForCausalLM
 
 import jora
 from jora.errors import InputError
+from jora.models.saving import save_model
 from jora.models.source import SafetensorsSource, read_json
 
 A, B = np.arange(12, dtype=np.float32).reshape(3, 4), np.arange(5).astype(ml_dtypes.bfloat16)
@@ -114,6 +116,21 @@ def test_tensors_that_are_computed_or_stored_twice_are_not_extra(tmp_path):
     model = jora.load_model(changed(tmp_path, "llama31", change))
     ids = tokens(1, 5)
     assert_close(model(ids), logits(tiny("llama31")[0], ids))
+
+
+def test_a_head_of_its_own_is_used_although_the_config_ties_it(tmp_path):
+    def change(tensors, config):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 0.5
+        tensors["lm_head.weight"][-1] += 1.0
+
+    directory = changed(tmp_path, "llama31", change)
+    model = jora.load_model(directory)
+    assert not model.config.tied_embeddings
+    ids = tokens(1, 5)
+    assert_close(model(ids), logits(AutoModelForCausalLM.from_pretrained(directory), ids))
+    save_model(model, tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert_close(model(ids), logits(again, ids))
 
 
 @pytest.mark.parametrize(

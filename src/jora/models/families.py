@@ -18,11 +18,12 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_ta
 KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
 
+QWEN_WINDOW: Json = {"sliding_window": 4096, "max_window_layers": 28}  # where use_sliding_window asks for one
 # What transformers fills in where a config.json says nothing, as far as it differs between the families.
 DEFAULTS: dict[str, Json] = {
     "mistral": {"max_position_embeddings": 131_072, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32_768},
-    "qwen3": {"max_position_embeddings": 32_768, "head_dim": 128},
+    "qwen2": {"max_position_embeddings": 32_768, **QWEN_WINDOW},
+    "qwen3": {"max_position_embeddings": 32_768, "head_dim": 128, **QWEN_WINDOW},
     "gemma": {"max_position_embeddings": 8192},
     "gemma2": {"max_position_embeddings": 8192},
     "gemma3_text": {"max_position_embeddings": 131_072},
@@ -66,7 +67,7 @@ def _base(hf: Json, **overrides: Any) -> ModelConfig:
         layer_kinds=("full",) * layers,
         rope=rope,
         rope_sliding=rope,
-        activation=_activation(hf),
+        activation=_activation(hf.get("hidden_act") or "silu"),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         attention_scale=head_dim**-0.5,
         tied_embeddings=hf.get("tie_word_embeddings", False),
@@ -77,8 +78,7 @@ def _base(hf: Json, **overrides: Any) -> ModelConfig:
     return replace(config, **overrides)
 
 
-def _activation(hf: Json) -> Any:
-    name = hf.get("hidden_activation") or hf.get("hidden_act") or "silu"
+def _activation(name: str) -> Any:
     if name not in ACTIVATIONS:
         raise InputError(f"config.json: activation {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -136,9 +136,9 @@ def _mistral(hf: Json) -> ModelConfig:
 def _qwen_windows(hf: Json) -> dict[str, Any]:
     if not hf.get("use_sliding_window"):
         return {}
-    first = hf.get("max_window_layers", 0)
-    kinds = _layer_kinds(hf, lambda i: "sliding" if i >= first else "full")
-    return {"window": hf.get("sliding_window"), "layer_kinds": kinds}
+    window, first = hf.get("sliding_window"), hf["max_window_layers"]
+    kinds = _layer_kinds(hf, lambda i: "sliding" if window is not None and i >= first else "full")
+    return {"window": window, "layer_kinds": kinds}
 
 
 def _qwen2(hf: Json) -> ModelConfig:
@@ -150,9 +150,16 @@ def _qwen3(hf: Json) -> ModelConfig:
     return _base(hf, qk_norm=True, qkv_bias=bias, o_bias=bias, **_qwen_windows(hf))
 
 
+def _gemma(hf: Json) -> ModelConfig:
+    named = hf.get("hidden_act")
+    # The "gelu" of the official files meant the tanh form; `hidden_activation` came with Gemma 2 and is not read here.
+    return _gemma_base({**hf, "hidden_activation": None if named == "gelu" else named})
+
+
 def _gemma_base(hf: Json, **overrides: Any) -> ModelConfig:
     # Gemma's own configs leave out what equals the family's defaults.
-    filled = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, **hf}
+    named = hf.get("hidden_activation") or "gelu_pytorch_tanh"
+    filled = {"tie_word_embeddings": True, "head_dim": 256, **hf, "hidden_act": named}
     bias = bool(hf.get("attention_bias", False))
     scale = math.sqrt(filled["hidden_size"])
     return _base(filled, norm_offset=True, embed_scale=scale, qkv_bias=bias, o_bias=bias, **overrides)
@@ -198,7 +205,7 @@ FAMILIES: dict[str, Callable[[Json], ModelConfig]] = {
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
-    "gemma": _gemma_base,
+    "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
 }

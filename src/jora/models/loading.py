@@ -50,6 +50,20 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> None:
             raise InputError(f"tensor {name} has shape {source.shape(name)}; config.json asks for {shape}")
 
 
+def has_own_head(source: TensorSource) -> bool:
+    """Whether a head is stored beside the embeddings and differs from them.
+
+    transformers then uses it, although config.json ties the two. Compared in pieces of a few MiB.
+    """
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    if not {head, table} <= source.names() or source.shape(head) != source.shape(table):
+        return False
+    rows, width = source.shape(table)
+    step = max(1, PIECE // (4 * width))
+    pieces = ((slice(start, min(start + step, rows)), slice(None)) for start in range(0, rows, step))
+    return any(not np.array_equal(source.read(head, piece), source.read(table, piece)) for piece in pieces)
+
+
 def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jora.models.adapted import BASE, Rows
 from jora.models.bitsandbytes import QuantisedSource, open_quantised
 from jora.models.config import ModelConfig
 from jora.models.families import config_from_hf
-from jora.models.loading import fingerprint, load_params
+from jora.models.loading import fingerprint, has_own_head, load_params
 from jora.models.params import Params
 from jora.models.source import SafetensorsSource, TensorSource, read_json
 from jora.models.tensors import all_specs
@@ -147,6 +148,10 @@ def load_model(
     source, hf_config, tokenizer = open_model(local)
     quant = _quant(quant, source)
     config = config_from_hf(hf_config)
+    if config.tied_embeddings and has_own_head(source):
+        reporter.note("config.json ties the head to the embeddings, but both are stored and differ: they are not tied")
+        hf_config = {**hf_config, "tie_word_embeddings": False}
+        config = config_from_hf(hf_config)
     spec = parse_mesh(mesh)
     start_devices(spec)
     layout = build_layout(spec, config.kv_heads)
@@ -208,10 +213,32 @@ def open_model(path: Path) -> tuple[TensorSource, dict[str, Any], Any]:
     return *open_quantised(SafetensorsSource(path), read_json(path / "config.json")), None
 
 
+# What a tokenizer is made from. From tokenizer_config.json alone transformers makes some without any vocabulary.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+
+
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model directory."""
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    """The tokenizer of a model directory. Raises InputError where there is none or it cannot be read."""
+    found = [name for name in _VOCABULARIES if (path / name).exists()]
+    if not found:
         raise InputError(f"{path}: no tokenizer.json here; copy the model's tokenizer files beside its weights")
+    if all(name.endswith(".model") for name in found) and not any(map(find_spec, ("sentencepiece", "tiktoken"))):
+        remedy = "copy the model's tokenizer.json beside it, or pip install sentencepiece"
+        raise InputError(f"{path / found[0]}: needs the package sentencepiece to be read; {remedy}")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # tokenizers raises bare ones, transformers whatever a damaged file leads it to
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise InputError(
+            f"{path}: its tokenizer cannot be read ({reason}); copy the model's tokenizer files here again"
+        ) from error
