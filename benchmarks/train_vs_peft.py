@@ -113,8 +113,10 @@ def measure(chosen: argparse.Namespace, length: int, directory: Path) -> dict[st
         for contestant in contestants:
             contestant.stop()
     results = [result(contestant, chosen.warmup) for contestant in contestants]
-    losses = [[step["loss"] for step in contestant.steps] for contestant in contestants]
-    apart = max(max(step) - min(step) for step in zip(*losses, strict=True))
+    first = results[0]["losses"]
+    apart = {
+        other["title"]: max(abs(a - b) for a, b in zip(first, other["losses"], strict=True)) for other in results[1:]
+    }
     seconds = shape["flops"]["total"] / max(rates.values())
     found = {"length": length, "flops": shape["flops"], "matmul_flops_per_s": rates, "floor_seconds": seconds}
     return {**found, "loss_difference_all_steps": apart, "contestants": results}
@@ -166,10 +168,11 @@ def floors(found: list[dict[str, Any]]) -> str:
     for run in found:
         parts = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in run["flops"].items() if name != "total")
         rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in run["matmul_flops_per_s"].items())
+        apart = ", ".join(f"{title} {value:.1e}" for title, value in run["loss_difference_all_steps"].items())
         lines.append(
             f"Floor at {run['length']} tokens: {run['floor_seconds']:.2f} s = {run['flops']['total'] / 1e9:,.0f} GFLOP "
-            f"({parts}) over the faster of the measured rates in GFLOP/s ({rates}). Largest difference of the losses "
-            f"over all steps: {run['loss_difference_all_steps']:.1e}."
+            f"({parts}) over the faster of the measured rates in GFLOP/s ({rates}). Largest difference of a loss to "
+            f"the first contestant's over all steps: {apart or 'nobody else took part'}."
         )
     return "\n\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from galore_torch import GaLoreAdamW
+from tests.optim.test_galore import fixed_signs as fixed_signs  # a fixture
 from tests.tiny import tiny
 from tests.train.conftest import Reporter, examples, losses
 from transformers import AutoModelForCausalLM
@@ -61,20 +64,7 @@ def test_it_trains_as_torch_does(family: str, tmp_path: Path) -> None:
     chosen = options(batch_size=8, schedule="constant", weight_decay=0.1, max_grad_norm=0.5, epsilon=1e-4)
     result = train(model, Full(), data, out=tmp_path / "run", options=chosen)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1, eps=1e-4)
-    expected = []
-    for _ in range(3):
-        total = sum(int(e.loss.sum()) for e in data)
-        loss = torch.zeros(())
-        for example in data:
-            tokens = torch.from_numpy(example.tokens.astype(np.int64))[None]
-            logits = theirs(tokens).logits[0, :-1]
-            nll = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
-            loss = loss + (nll * torch.from_numpy(example.loss[1:].astype(np.float32))).sum() / total
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
-        optimizer.step()
-        expected.append(loss.item())
+    expected = [torch_step(theirs, data, optimizer, 0.5) for _ in range(3)]
     np.testing.assert_allclose(losses(result), expected, rtol=1e-4)
     # The result is a model directory for transformers, and the model itself.
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
@@ -86,6 +76,64 @@ def test_it_trains_as_torch_does(family: str, tmp_path: Path) -> None:
     assert model.path == str(tmp_path / "run" / "model")
     assert_equal(model.params, load_model(tmp_path / "run" / "model", dtype="float32").params)
     assert model.identity["fingerprint"] == load_model(model.path).identity["fingerprint"]
+
+
+def torch_step(model: Any, data: Any, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """One update from all of the data; the loss before it."""
+    total = sum(int(e.loss.sum()) for e in data)
+    loss = torch.zeros(())
+    for example in data:
+        tokens = torch.from_numpy(example.tokens.astype(np.int64))[None]
+        logits = model(tokens).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+        loss = loss + (nll * torch.from_numpy(example.loss[1:].astype(np.float32))).sum() / total
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    return float(loss.item())
+
+
+def test_galore_trains_as_galore_torch_does(fixed_signs: None, tmp_path: Path) -> None:
+    """Matrices of the layers projected and renewed every second step, all else at full rank, decay decoupled."""
+    data, steps, rate, decay, epsilon = examples(8), 5, 0.02, 0.1, 1e-4
+    reference, directory = tiny("llama2")
+    theirs = copy.deepcopy(reference).train()
+    chosen = options(
+        max_steps=steps,
+        batch_size=8,
+        schedule="constant",
+        learning_rate=rate,
+        weight_decay=decay,
+        max_grad_norm=0.5,
+        epsilon=epsilon,
+        optimizer="galore",
+        galore_rank=4,
+        galore_refresh=2,
+        galore_stagger=False,
+        galore_svd="exact",
+        galore_projection="float32",
+    )
+    result = train(load_model(directory, dtype="float32"), Full(), data, out=tmp_path / "run", options=chosen)
+    matrices = [value for name, value in theirs.named_parameters() if name.endswith("_proj.weight")]
+    others = [value for name, value in theirs.named_parameters() if not name.endswith("_proj.weight")]
+    assert len(matrices) == 7 * 2
+    projected = {"params": matrices, "rank": 4, "update_proj_gap": 2, "scale": 0.25, "proj_type": "std"}
+    groups = [{"params": others}, projected]
+    optimizer = GaLoreAdamW(groups, lr=rate, weight_decay=decay, no_deprecation_warning=True)
+    expected = []
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:  # added before V's bias is taken off there, behind it in torch's AdamW
+            group["eps"] = epsilon * math.sqrt(1 - 0.999**step)
+        expected.append(torch_step(theirs, data, optimizer, 0.5))
+    # It decays the weights behind the update, torch's AdamW (and ours) before it: rate x decay = 0.2 % of the update.
+    np.testing.assert_allclose(losses(result), expected, rtol=2e-3)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    original = reference.state_dict()
+    for name, value in theirs.state_dict().items():
+        moved = (value - original[name]).abs().max().item()
+        np.testing.assert_allclose(saved[name], value, rtol=0, atol=0.01 * moved, err_msg=name)
+        assert moved > 0.002, name
 
 
 def test_chosen_weights_train_and_others_do_not(tmp_path: Path) -> None:
@@ -121,6 +169,7 @@ def test_a_resumed_run_gives_the_same_bits_and_the_model_is_the_best_one(tmp_pat
     with pytest.raises(KeyboardInterrupt):
         train(resumed, Full(), out=tmp_path / "b", options=chosen, reporter=reporter, **data)
     assert jnp.isfinite(resumed.params.embed).all()  # the model has the weights of the step that was reached
+    assert "fingerprint" not in resumed.identity  # and is no longer the model that was loaded
     reporter = Reporter()
     again = dataclasses.replace(chosen, resume=True)
     result = train(resumed, Full(), out=tmp_path / "b", options=again, reporter=reporter, **data)

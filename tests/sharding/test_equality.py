@@ -167,6 +167,11 @@ CASES = [
     ("gemma3", 129, MeshSpec(2, 1, 4)),
     ("gemma3", 129, MeshSpec(1, 4, 2)),
     ("gemma3", 129, MeshSpec(2, 4, 1)),
+    # Odd lengths stay whole; here the residual stream is cut over the sequence, as in a real run.
+    ("llama", 16, MeshSpec(1, 1, 8)),
+    ("llama", 16, MeshSpec(1, 2, 4)),
+    ("gemma3", 16, MeshSpec(1, 1, 8)),
+    ("gemma3", 16, MeshSpec(2, 2, 2)),
     ("indivisible", 7, MeshSpec(4, 1, 2)),
     ("indivisible", 7, MeshSpec(4, 2, 1)),
     ("indivisible", 7, MeshSpec(1, 1, 8)),
@@ -176,6 +181,8 @@ CASES = [
 def test_the_cases_cover_every_split() -> None:
     assert len(SPLITS) == 10
     assert {mesh for _, _, mesh in CASES} == set(SPLITS)
+    cut = [mesh for _, length, mesh in CASES if mesh.tensor > 1 and length % mesh.tensor == 0]
+    assert {mesh.tensor for mesh in cut} == {2, 4, 8}
 
 
 @pytest.mark.parametrize(("name", "length", "mesh"), CASES, ids=[f"{n}-{s}-{m}" for n, s, m in CASES])

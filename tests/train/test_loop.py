@@ -222,6 +222,15 @@ def test_trains_an_adapter_further_and_leaves_it_usable(model: Model, adapter: A
         np.testing.assert_array_equal(value, kept[name])
 
 
+def test_a_directory_of_an_adapter_is_trained_further_and_recorded(model: Model, tmp_path: Path) -> None:
+    first = train(model, METHOD, examples(4), out=tmp_path / "first", options=OPTIONS)
+    start = tmp_path / "first" / "adapter"
+    second = train(model, start, examples(4), out=tmp_path / "second", options=OPTIONS)
+    assert losses(second) == losses(train(model, first.adapter, examples(4), out=tmp_path / "third", options=OPTIONS))
+    written = yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())
+    assert written["adapter"] == str(start) and not {"method", "rank"} & written.keys()  # its own options hold
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_and_says_how_to_go_on(
     number: signal.Signals, model: Model, adapter: Adapter, tmp_path: Path
@@ -255,6 +264,17 @@ def test_examples_that_are_too_long(model: Model) -> None:
     kept = load_examples(data, model, options(max_length=20, too_long="drop"), reporter, "training data")
     assert [len(e.tokens) for e in kept] == [len(e.tokens) for e in data if len(e.tokens) <= 20]
     assert reporter.notes == [f"training data: 6 examples, {long} dropped as too long"]
+
+
+def test_a_step_that_does_not_fit_is_refused_before_the_first(model: Model, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("jora.train.programs.free_bytes", lambda layout: 1 << 10)
+    with pytest.raises(InputError, match=r"a training step does not fit: it needs .* GiB .*, 0\.0 GiB are free"):
+        train(model, METHOD, examples(4), out=tmp_path / "run", options=OPTIONS)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    jobs = [Job(name="one", data=examples(4), method=METHOD, options=TrainOptions())]
+    monkeypatch.setattr("jora.train.many.programs.free_bytes", lambda layout: 1 << 10)
+    with pytest.raises(InputError, match="a training step does not fit"):
+        jora.train_many(model, jobs, out=tmp_path / "many")
 
 
 def test_a_token_outside_the_vocabulary_is_refused(model: Model) -> None:

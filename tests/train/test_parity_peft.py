@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import jax
 import numpy as np
 import peft
+import pytest
 import torch
+from safetensors.numpy import load_file
+from tests.real import real_gemma
 from tests.tiny import tiny
 from tests.train.conftest import examples, losses
 from transformers import get_cosine_schedule_with_warmup
 
 from jora.data.batches import Tokenised
 from jora.methods.lora import LoRA
-from jora.methods.storage import save_adapter
-from jora.models.model import load_model
+from jora.methods.storage import WEIGHTS, save_adapter
+from jora.models.model import Model, load_model
 from jora.train import TrainOptions, train
 
-STEPS = 30
-RATE = 3e-2
 
-
-def peft_losses(model: torch.nn.Module, order: list[list[Tokenised]]) -> list[float]:
+def peft_losses(model: torch.nn.Module, order: list[list[Tokenised]], options: TrainOptions) -> list[float]:
     """Train on one list of examples a step; the mean loss per answer token of each."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.01)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, 3, STEPS)
+    optimizer = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=options.weight_decay)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, round(options.warmup * options.max_steps), options.max_steps)
     found = []
     for batch in order:
         width = max(len(e.tokens) for e in batch)
@@ -48,21 +49,38 @@ def peft_losses(model: torch.nn.Module, order: list[list[Tokenised]]) -> list[fl
     return found
 
 
+def curves(
+    reference: torch.nn.Module, model: Model, method: LoRA, data: list[Tokenised], options: TrainOptions, out: Path
+) -> tuple[list[float], list[float]]:
+    """(our losses, PEFT's) from the same first factors."""
+    adapter = method.init(model, jax.random.key(1))
+    save_adapter(adapter, out / "first")
+    ours = train(model, adapter, data, out=out / "run", options=options)
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(reference), str(out / "first"), is_trainable=True)
+    return losses(ours), peft_losses(wrapped.train(), planned(data, options), options)
+
+
 def test_thirty_steps_agree(tmp_path: Path) -> None:
     reference, directory = tiny("llama3")
     model = load_model(directory, dtype="float32")
-    data = examples(12)
-    options = TrainOptions(
-        max_steps=STEPS, batch_size=4, max_length=24, learning_rate=RATE, warmup=0.1, weight_decay=0.01
-    )
-    adapter = LoRA(rank=4, alpha=8).init(model, jax.random.key(1))
-    save_adapter(adapter, tmp_path / "first")
-    ours = train(model, adapter, data, out=tmp_path / "run", options=options)
-
-    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(reference), str(tmp_path / "first"), is_trainable=True)
-    theirs = peft_losses(wrapped.train(), planned(data, options))
-    np.testing.assert_allclose(losses(ours), theirs, atol=1e-3, rtol=0)
+    options = TrainOptions(max_steps=30, batch_size=4, max_length=24, learning_rate=3e-2, warmup=0.1, weight_decay=0.01)
+    ours, theirs = curves(reference, model, LoRA(rank=4, alpha=8), examples(12), options, tmp_path)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=0)
     assert theirs[-1] < 0.6 * theirs[0]  # there was something to agree on
+
+
+@pytest.mark.slow
+def test_five_steps_of_the_real_gemma_agree(tmp_path: Path) -> None:
+    reference, model = real_gemma()
+    text = "\n\n".join(topics[name] for name in ("assignment", "class", "compound", "import"))
+    ids = np.array(model.tokenizer.encode(text, add_special_tokens=False), np.int32)
+    # Rows of 192 tokens, of which the last 48 carry loss.
+    data = [Tokenised(np.r_[np.int32(2), row], np.arange(192) >= 144) for row in ids[: 8 * 191].reshape(8, 191)]
+    options = TrainOptions(max_steps=5, batch_size=2, max_length=192, learning_rate=5e-4, warmup=0.2, weight_decay=0.01)
+    ours, theirs = curves(reference, model, LoRA(rank=16, alpha=32), data, options, tmp_path)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=0)
+    adapted = [abs(np.asarray(b)).max() for b in load_file(tmp_path / "run" / "adapter" / WEIGHTS).values()]
+    assert min(adapted) > 0  # every factor took part
 
 
 def planned(data: list[Tokenised], options: TrainOptions) -> list[list[Tokenised]]:
@@ -73,4 +91,4 @@ def planned(data: list[Tokenised], options: TrainOptions) -> list[list[Tokenised
 
     batches = Batches(data, batch_options(options, single_device()), options.seed)
     schedule = Schedule(batches, options.epochs, options.max_steps)
-    return [[data[i] for row in schedule.step(n)[1].rows for i in row] for n in range(STEPS)]
+    return [[data[i] for row in schedule.step(n)[1].rows for i in row] for n in range(options.max_steps)]

@@ -8,13 +8,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from tests.train.conftest import METHOD, Reporter, assert_same, examples, losses, options
 
 from jora.data.batches import Tokenised
 from jora.errors import InputError
 from jora.methods.lora import LoRA
-from jora.methods.method import Adapter
+from jora.methods.method import Adapter, State
 from jora.models.model import Model
 from jora.train import TrainOptions, train
 from jora.train.checkpoints import Checkpoints
@@ -109,6 +110,8 @@ def test_another_run_is_not_resumed(model: Model, adapter: Adapter, tmp_path: Pa
     refused("option learning_rate", learning_rate=0.02)
     refused("option seed", seed=5)
     refused("method option rank", method=LoRA(rank=2, dropout=0.1, targets=METHOD.targets))
+    further = jax.tree.map(lambda x: x * 2, adapter.state.trained)
+    refused("adapter to begin with", method=dataclasses.replace(adapter, state=State(further, adapter.state.constant)))
     with pytest.raises(InputError, match="evaluation data differs"):
         train(model, adapter, examples(10), out=tmp_path, options=resuming, eval_data=other)
     # How often it is saved may change.

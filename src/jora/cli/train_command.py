@@ -54,7 +54,7 @@ def run(options: Options, reporter: Reporter) -> None:
 
     jora.train(
         model,
-        method if options.adapter is None else jora.load_adapter(options.adapter, model),
+        options.adapter or method,
         options.data,
         out=options.out,
         options=options.training,

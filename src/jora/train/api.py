@@ -15,6 +15,7 @@ import jax
 
 from jora.data.batches import Batches, Tokenised, prompt_of
 from jora.methods.method import Adapter
+from jora.methods.storage import load_adapter
 from jora.methods.targets import check_options_match
 from jora.models.model import Model
 from jora.reporting import SILENT, Reporter
@@ -22,7 +23,7 @@ from jora.train.examples import Data, load_examples
 from jora.train.feed import batch_options
 from jora.train.loop import Run, TrainResult
 from jora.train.options import TrainOptions
-from jora.train.record import INSTANCES, open_directory
+from jora.train.record import INSTANCES, digest_of, open_directory
 
 
 def train(
@@ -39,7 +40,8 @@ def train(
 
     Args:
         model: from `load_model`.
-        method: a method with its options, like `LoRA(rank=16)`, or an adapter to train further.
+        method: a method with its options, like `LoRA(rank=16)`, or an adapter to train further: its directory or hub
+            id, which config.yaml names, or the adapter itself.
         data: a .jsonl file, its parsed lines, or a list of `Tokenised`.
         out: the run's directory, new or empty; with `options.resume` that of the run to continue.
         options: see `TrainOptions`.
@@ -52,6 +54,10 @@ def train(
         KeyboardInterrupt: after a checkpoint was written.
     """
     options = options or TrainOptions()
+    given = {"data": data, "eval_data": eval_data}
+    if isinstance(method, str | os.PathLike):
+        given["adapter"] = method
+        method = load_adapter(method, model)
     if isinstance(method, Adapter):
         model.parts_of(method)
     else:
@@ -71,5 +77,6 @@ def train(
 
     batches = batches_of(examples)
     evaluation = None if held_out is None else batches_of(held_out, evaluation=True)
-    run = Run(model, adapter, batches, evaluation, directory, options, reporter)
-    return run.execute({"data": data, "eval_data": eval_data})
+    start = digest_of(method) if isinstance(method, Adapter) else None
+    run = Run(model, adapter, batches, evaluation, directory, options, reporter, start)
+    return run.execute(given)

@@ -27,7 +27,7 @@ from jora.sharding.layout import make_layout
 from jora.sharding.memory import USABLE, free_bytes
 from jora.train.feed import batch_options
 from jora.train.flops import matmul_flops, matmul_rate
-from jora.train.memory import ProgramMemory
+from jora.train.memory import GIB, ProgramMemory
 from jora.train.optimizer import optimizer_for
 from jora.train.options import TrainOptions
 from jora.train.programs import Programs
@@ -35,7 +35,6 @@ from jora.train.remat import POLICIES
 from jora.train.state import abstract_adapter, abstract_train_state, placement
 from jora.train.step import Program
 
-GIB = 2**30
 ANSWERS = 256  # answer tokens a row, where the caller does not say: logits exist for these alone
 
 

@@ -34,7 +34,7 @@ from jora.train.metrics import RATE_STEPS, Line, MetricsFile
 from jora.train.optimizer import diverged, learning_rate, optimizer_for
 from jora.train.options import TrainOptions
 from jora.train.programs import Programs, abstract_params_of
-from jora.train.record import identity, write_config
+from jora.train.record import TRAINED_FROM, identity, write_config
 from jora.train.remat import choose_remat
 from jora.train.state import abstract_adapter, abstract_train_state, first_train_state, placement
 from jora.train.step import Program
@@ -82,7 +82,9 @@ class Run:
         directory: Path,
         options: TrainOptions,
         reporter: Reporter,
+        start: str | None = None,
     ) -> None:
+        """start: `record.digest_of` the adapter that was given to be trained further."""
         self.model, self.layout, self.options, self.reporter = model, model.layout, options, reporter
         self.batches, self.evaluation = batches, evaluation
         self.directory = directory
@@ -98,7 +100,7 @@ class Run:
         self.adapter = adapter
         self.seed = jax.device_put(np.uint32(options.seed), self.layout.sharding(()))
         eval_digest = None if evaluation is None else digest(evaluation.examples)
-        self.identity = identity(model, adapter, options, self.total, digest(batches.examples), eval_digest)
+        self.identity = identity(model, adapter, options, self.total, digest(batches.examples), eval_digest, start)
 
     def execute(self, given: dict[str, Any]) -> TrainResult:
         """Set up, train, and write the result."""
@@ -120,8 +122,10 @@ class Run:
         try:
             self._train()
             return self._result()
-        finally:
+        except BaseException:
             self._hand_back()
+            raise
+        finally:
             self.metrics.close()
 
     def _restore(self, step: int) -> None:
@@ -132,8 +136,14 @@ class Run:
         self.state = self.checkpoints.restore(step, self.abstract)
 
     def _hand_back(self) -> None:
-        """A method that trains in place took over the model's weights: the model gets them as they are now."""
+        """A method that trains in place took over the model's weights: the model gets them as they are now.
+
+        They are no longer those of its fingerprint; `save_result` gives it a new one.
+        """
         if self.adapter.method.in_place:
+            before = self.model.identity
+            began = before.get("fingerprint", before.get(TRAINED_FROM, ""))
+            self.model.identity = {"name": before["name"], TRAINED_FROM: began}
             state = State(self.state.trained, self.constant)
             self.model.params = self.adapter.method.base(state, self.params)
 

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from jora.errors import InputError
 from jora.sharding import Layout
 from jora.sharding.memory import own_devices
+
+GIB = 1 << 30
 
 
 class ProgramMemory(NamedTuple):
@@ -35,6 +38,20 @@ class ProgramMemory(NamedTuple):
     def total(self) -> int:
         """Arguments + temporaries + outputs - aliases."""
         return self.arguments + self.added
+
+
+def check_fits(compiled: Any, free: int) -> None:
+    """Raise InputError where a program, its arguments on the devices already, needs more than `free` bytes a device.
+
+    By the compiler's analysis: better known before the first step than in the middle of a run.
+    """
+    needed = ProgramMemory.of(compiled).added
+    if needed > free:
+        raise InputError(
+            f"a training step does not fit: it needs {needed / GIB:.1f} GiB a device beside the weights, "
+            f"{free / GIB:.1f} GiB are free; try remat=full, a smaller batch_size with more accumulation, a smaller "
+            "max_length, or more devices (`jora estimate` tells what fits)"
+        )
 
 
 def return_freed_memory() -> None:

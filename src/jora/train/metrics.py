@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, whole at any moment, readable while the run goes on."""
+"""metrics.jsonl: one JSON object a line, readable while the run goes on. A power loss may cut the last line."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, keep_until: int = 0) -> None:
-        """Open `path`; lines of steps after `keep_until` are dropped: a resumed run makes them again."""
+        """Open `path`; lines of steps after `keep_until` are dropped: a resumed run makes them again.
+
+        So is a last line that is not JSON: it was cut. Raises InputError where another one is not.
+        """
         self.history: list[Line] = []
         if path.exists() and keep_until:
+            _drop_cut_line(path)
             self.history = [line for _, line in json_objects(path) if line["step"] <= keep_until]
         with atomic_write(path) as temporary:
             temporary.write_text("".join(map(_text, self.history)), encoding="utf-8")
@@ -46,6 +50,17 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Remove a last line that is not whole: the checkpoint has what a run needs to go on."""
+    content = path.read_bytes().rstrip()
+    begin = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[begin:])
+    except ValueError:  # not JSON, or zeros where nothing had been written yet
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content[:begin])
 
 
 def _text(line: Line) -> str:

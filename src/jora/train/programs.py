@@ -16,8 +16,9 @@ from jora.data.batches import Shape
 from jora.models.model import Model
 from jora.reporting import Reporter
 from jora.sharding import Layout
+from jora.sharding.memory import free_bytes
 from jora.train.feed import abstract_batches
-from jora.train.memory import return_freed_memory
+from jora.train.memory import check_fits, return_freed_memory
 from jora.train.options import TrainOptions
 from jora.train.step import Program, TrainState, eval_step, train_step
 
@@ -65,10 +66,12 @@ class Programs:
         )
 
     def compile_all(self, train: Sequence[Shape], evaluate: Sequence[Shape], reporter: Reporter) -> None:
-        """Compile every shape, the largest first: what does not fit fails before any work is done."""
+        """Compile every shape, the largest first: what does not fit is refused (InputError) before any work is done."""
         reporter.start(len(train) + len(evaluate), "compiling, programs")
         for shape in train:
             self.train[shape] = self.compile_train(shape, self.program)
+            if len(self.train) == 1:
+                check_fits(self.train[shape], free_bytes(self.program.layout))
             reporter.update(len(self.train))
         for shape in evaluate:
             self.evaluate[shape] = self.compile_evaluate(shape)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from jora import __version__
 from jora.errors import InputError
@@ -18,17 +22,27 @@ from jora.train.options import TrainOptions
 
 CONFIG = "config.yaml"
 INSTANCES = "instances.safetensors"  # vectors of the data's prompts, for the methods that need them
+TRAINED_FROM = "trained_from"  # in a model's identity: the fingerprint that it had before a run changed its weights
 # These may differ when a run is resumed: they change what is shown and kept, not what is computed.
 FREE = ("save_every", "keep_checkpoints", "log_every", "resume", "remat")
 
 
 def identity(
-    model: Model, adapter: Adapter, options: TrainOptions, total_steps: int, data: str, eval_data: str | None
+    model: Model,
+    adapter: Adapter,
+    options: TrainOptions,
+    total_steps: int,
+    data: str,
+    eval_data: str | None,
+    start: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides a run's numbers, as JSON; `data` and `eval_data` are digests."""
+    """Everything that decides a run's numbers, as JSON; `data`, `eval_data` and `start` (`digest_of`) are digests."""
     numbers = {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE}
+    base = model.identity.get("fingerprint")
+    if base is None and adapter.method.in_place:  # a run that was interrupted goes on with the model that it changed
+        base = model.identity.get(TRAINED_FROM)
     return {
-        "base fingerprint": model.identity.get("fingerprint"),
+        "base fingerprint": base,
         "dtype": str(model.dtype),
         "quant": model.quant,
         "mesh": {axis: int(size) for axis, size in model.layout.mesh.shape.items()},
@@ -38,7 +52,19 @@ def identity(
         "number of steps": total_steps,
         "training data": data,
         "evaluation data": eval_data,
+        "adapter to begin with": start,
     }
+
+
+def digest_of(adapter: Adapter) -> str | None:
+    """A hash (sha256) of an adapter's arrays; None of a whole model, which the base's fingerprint names."""
+    if adapter.method.in_place:
+        return None
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(adapter.state):
+        found.update(jax.tree_util.keystr(path).encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()[:32]
 
 
 def write_config(
@@ -51,14 +77,14 @@ def write_config(
 ) -> None:
     """config.yaml: all options of the run, flat and by name; `about` goes into a comment on top.
 
-    data: name -> what was given; only paths are written.
+    data: name -> what was given; only paths are written. An `adapter` among them brings its own options.
     """
+    method = {} if "adapter" in data else {"method": adapter.method.name, **method_options(adapter.method)}
     values = {
         **model_values(model),
         **{name: os.fspath(value) for name, value in data.items() if isinstance(value, str | os.PathLike)},
         "out": os.fspath(directory),
-        "method": adapter.method.name,
-        **method_options(adapter.method),
+        **method,
         **dataclasses.asdict(options),
     }
     del values["resume"]
@@ -79,7 +105,6 @@ def model_values(model: Model) -> dict[str, Any]:
 
 def write_values(path: Path, values: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Options as YAML, those that are None left out; `about`, and the versions, go into a comment on top."""
-    import jax
     import yaml
 
     notes = {"jora": __version__, "jax": jax.__version__, **about}

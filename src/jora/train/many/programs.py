@@ -18,6 +18,7 @@ from jora.train.feed import abstract_batches
 from jora.train.many.plan import Group, Planned, Prepared, bank_of, micro_batches, smallest
 from jora.train.many.state import KindArrays, Moves, abstract_arrays, abstract_job, moves
 from jora.train.many.step import NO_UPDATE, BankProgram, Measured, Settings, bank_step
+from jora.train.memory import check_fits
 from jora.train.programs import Programs, abstract_params_of, compile_lowered
 from jora.train.remat import choose_remat
 from jora.train.step import Program, TrainState
@@ -73,11 +74,13 @@ class BankPrograms:
         return choose_remat(lambda remat: self.compile_step(largest, remat), free_bytes(self.layout))
 
     def compile_all(self, planned: Sequence[Planned], remat: Remat, reporter: Reporter) -> None:
-        """Compile every program, the largest first: what does not fit fails before any work is done."""
+        """Compile every program, the largest first: what does not fit is refused (InputError) before any work."""
         evaluated = self._evaluation_shapes()
         reporter.start(len(planned) + len(self.groups) + len(evaluated), "compiling, programs")
         for number, each in enumerate(planned, start=1):
             self.steps[each] = self.compile_step(each, remat)
+            if number == 1:
+                check_fits(self.steps[each], free_bytes(self.layout))
             reporter.update(number)
         for number, (arrays, job) in enumerate(zip(self.arrays, self.jobs, strict=True), start=len(planned) + 1):
             self.moves.append(moves(arrays, job))
