@@ -123,6 +123,41 @@ def test_what_is_right_is_loaded(place, command):
         run([command, "--model", "model", *NEEDED[command], "--adapter", "adapter", "--out", out])
 
 
+@pytest.mark.parametrize("command", [["raft", "build", "--questions", "data.jsonl"], ["index"]])
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("data.jsonl", "data.jsonl is a file: give a directory"),
+        ("data.jsonl/new", "--out data.jsonl/new: .*data.jsonl is a file"),
+        ("thesis", "thesis holds chapter.txt, which is no part of (a data set|an index): give another"),
+        ("locked/new", "--out locked/new: .* cannot be written to; give another path"),
+    ],
+)
+def test_where_documents_go_is_looked_at_before_they_are_read(place, monkeypatch, command, out, words):
+    def read_documents(path: str) -> None:
+        raise Loaded
+
+    monkeypatch.setattr("jora.data.documents.read_documents", read_documents)
+    needed = [*command, "--model", "model", "--documents", "thesis"]
+    for good in ("new/data", "empty"):
+        with pytest.raises(Loaded):
+            run([*needed, "--out", good])
+    monkeypatch.setattr(os, "access", lambda *_: not out.startswith("locked"))  # root may write anywhere
+    with pytest.raises(InputError, match=f"^{words}"):
+        run([*needed, "--out", out])
+
+
+def test_a_data_set_and_an_index_do_not_replace_each_other(place):
+    for name, file in {"data": "train.jsonl", "index": "chunks.jsonl"}.items():
+        (place / name).mkdir()
+        (place / name / file).write_text("")
+        (place / name / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=r"^data holds train\.jsonl, which is no part of an index"):
+        run(["index", "--model", "model", "--documents", "thesis", "--out", "data"])
+    with pytest.raises(InputError, match=r"^index holds chunks\.jsonl, which is no part of a data set"):
+        run(["raft", "build", "--model", "model", "--documents", "a", "--questions", "b", "--out", "index"])
+
+
 def test_a_missing_file_of_prompts_is_named_by_its_option(place):
     with pytest.raises(InputError, match=r"^--prompts nope\.txt: no such file"):
         run(["generate", "--model", "model", "--prompts", "nope.txt"])
@@ -175,6 +210,9 @@ def test_what_is_to_be_served_is_looked_for_before_the_model_is_loaded(place, gi
 
 def test_a_tilde_is_the_home_directory_in_a_file_too(place, monkeypatch):
     monkeypatch.setenv("HOME", str(place))
+    (place / "prompts.txt").write_text("a prompt\n")
+    with pytest.raises(Loaded):
+        run(["generate", "--model", "model", "--prompts", "~/prompts.txt"])
     (place / "train.yaml").write_text("model: ~/model\ndata: ~/data.jsonl\nout: ~/new\n")
     with pytest.raises(Loaded):
         run(["train", "--config", "train.yaml"])

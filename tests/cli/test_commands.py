@@ -115,6 +115,21 @@ def test_merge_writes_a_model_that_transformers_loads(model, trained, tmp_path):
     assert changed.abs().max() > 0
 
 
+def test_what_is_written_to_the_current_directory_is_there(model, trained, data, tmp_path, monkeypatch):
+    inputs = data.parent
+    raft = ["raft", "build", "--questions", str(inputs / "questions.jsonl"), "--contexts", "2"]
+    for name, command, file in (
+        ("merged", ["merge", "--adapter", str(trained / "adapter")], "model.safetensors"),
+        ("data", [*raft, "--documents", str(inputs / "documents")], "train.jsonl"),
+        ("index", ["index", "--documents", str(inputs / "documents")], "chunks.jsonl"),
+    ):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        run([*command, "--model", model, "--out", "."])
+        assert Path(file).stat().st_size > 0  # by way of the directory that the shell is in
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "index", "merged"]
+
+
 def test_estimate_needs_no_weights(model, tmp_path, capsys):
     config = json.loads((Path(model) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -129,6 +144,9 @@ def test_training_further_keeps_the_adapters_own_options(model, data, trained, t
         run([*common, *adapter, "--out", str(tmp_path / "no"), "--rank", "2"])
     run([*common, *adapter, "--out", str(tmp_path / "more")])
     assert json.loads((tmp_path / "more" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    run(["train", "--config", str(tmp_path / "more" / "config.yaml"), "--out", str(tmp_path / "again")])
+    again, more = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("again", "more"))
+    assert again.read_bytes() == more.read_bytes()
 
 
 @pytest.mark.parametrize(

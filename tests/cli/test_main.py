@@ -97,6 +97,13 @@ def test_a_file_that_cannot_be_opened_is_one_line():
     assert (done.returncode, done.stderr) == (2, "jora: error: /no/such/file: No such file or directory\n")
 
 
+def test_a_full_disk_is_one_line():
+    done = main_with("raise OSError(28, 'No space left on device')")  # as a write to an open file says it
+    told = "jora: error: No space left on device: make room where the command writes and run it again\n"
+    assert (done.returncode, done.stderr) == (2, told)
+    assert "Traceback" in main_with("raise OSError('who knows')").stderr
+
+
 def test_a_warning_is_one_line_and_a_bug_is_a_traceback():
     done = main_with("warnings.warn('made for another base'); {}['bug']")
     assert done.stderr.startswith("jora: warning: made for another base\nTraceback")

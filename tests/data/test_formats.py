@@ -52,6 +52,8 @@ def test_the_three_forms(tmp_path: Path) -> None:
         ('{"prompt": "{documents}{documents}", "completion": "y", "documents": []}', "once, not 2 times"),
         ('{"prompt": "{documents}", "completion": "y", "documents": [{"title": "t"}]}', r"documents\[0\]"),
         ('{"prompt": "x", "completion": "y", "document_template": "{title}"}', "document_template"),
+        (r'{"prompt": "x", "completion": "y \ud83d"}', r"\\ud83d alone is half of a character: write both halves"),
+        (r'{"prompt": "x", "completion": "y", "id": {"\uDe00z": 1}}', r"\\ude00 alone is half of a character"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -70,3 +72,9 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(InputError, match="not UTF-8 at byte 12"):
         read_examples(tmp_path / "latin.jsonl")
+
+
+def test_two_halves_are_a_character(tmp_path: Path) -> None:
+    line = r'{"prompt": "\ud83d\uDE00", "completion": "\\ud83d"}'
+    (one,) = read_examples(write(tmp_path / "train.jsonl", line))
+    assert (one.prompt, one.completion) == ("\U0001f600", r"\ud83d")

@@ -244,6 +244,7 @@ def test_reading_questions(tmp_path: Path) -> None:
         ({"question": "q", "quote": "x"}, "`answer`"),
         ({**good, "quote": 3}, "`quote`"),
         ({**good, "question": "see {documents}"}, "marker"),
+        ({**good, "question": "x \ud83d"}, r"\\ud83d alone is half of a character"),
     ]:
         file.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
         with pytest.raises(InputError, match=rf"q\.jsonl:2: .*{message}"):

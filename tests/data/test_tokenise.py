@@ -7,8 +7,8 @@ import pytest
 from tests.data import tokenizers as make
 
 from jora.data.chat import Template
-from jora.data.formats import Example, parse_example
-from jora.data.tokenise import tokenise, tokenise_prompt
+from jora.data.formats import ContextDocument, Example, parse_example
+from jora.data.tokenise import SHORTEST_REMAINDER, WORD_TOKENS, shorten, tokenise, tokenise_prompt
 from jora.errors import InputError
 
 ANSWER = "The answer is 42."
@@ -86,3 +86,70 @@ def test_prompts_for_generation_are_shortened_alike() -> None:
     np.testing.assert_array_equal(learned.tokens[: len(whole)], whole)
     with pytest.raises(InputError, match="cannot be shortened"):
         tokenise_prompt(raft([200], oracle=0), template, max_length=100)
+
+
+def cut(document: str, excess: int, tokenizer: str = "llama3") -> tuple[str | None, int]:
+    """What is left of a document that is `excess` tokens too long (None: it went), and the tokens that were free."""
+    template = Template(getattr(make, tokenizer)())
+    alone = Example(
+        prompt="{documents}", completion="x", documents=(ContextDocument("", document),), document_template="{text}"
+    )
+
+    def count(example: Example) -> int:
+        return sum(len(template.encode(one.text)[0]) for one in example.documents or ())
+
+    limit = max(0, count(alone) - excess)
+    shorter = shorten(alone, excess, template, lambda e: count(e) - limit)
+    assert shorter is not None and shorter.documents is not None
+    if not shorter.documents:
+        return None, limit
+    assert document.startswith(shorter.documents[0].text)
+    return shorter.documents[0].text, limit - count(shorter)
+
+
+@pytest.mark.parametrize("tokenizer", ["llama3", "qwen3", "gemma"])
+@pytest.mark.parametrize(
+    "document",
+    ["保証\n" + "…" * 20, "保証書を無くさないでください。" * 4, "😀" * 30, "👩‍🔬 " + "😀🇩🇪" * 9],
+    ids=["dots", "japanese", "emoji", "flags"],
+)
+def test_text_without_spaces_loses_as_little_as_needed(tokenizer: str, document: str) -> None:
+    for excess in range(1, 12):
+        kept, free = cut(document, excess, tokenizer)
+        assert kept is not None and 0 <= free < 4  # tokens of one character
+
+
+@pytest.mark.parametrize("text", ["😀", "…" * 10, "…" * 40, " ", " \n" * 60, "  \u3000" * 40 + "end"])
+def test_every_document_can_be_removed(text: str) -> None:
+    for excess in (1, 2, 30, 1000):
+        kept, free = cut(text, excess)
+        assert kept is None or (kept.strip() and free >= 0)
+    assert cut(text, 1000)[0] is None
+
+
+def test_blanks_are_no_remainder() -> None:
+    assert cut(" " * 100, 5)[0] is None
+    assert cut("word" + "\n" * 100, 5)[0] is None
+
+
+def test_a_word_is_not_cut() -> None:
+    document = "What is the answer to the lazy dog? " * 8
+    words = document.split()
+    for excess in range(1, 40):
+        kept, free = cut(document, excess)
+        assert kept is not None and kept.split() == words[: len(kept.split())]
+        assert 0 <= free <= WORD_TOKENS
+
+
+def test_the_end_of_a_word_is_a_place_to_cut() -> None:
+    assert cut("lazy dog " * 40 + "fox.", 2)[0] == ("lazy dog " * 40).rstrip()
+
+
+def test_fewer_tokens_than_a_remainder_go_whole() -> None:
+    template = Template(make.llama3())
+    document = "lazy dog " * 60
+    total = len(template.encode(document)[0])
+    for left in range(SHORTEST_REMAINDER - 2, SHORTEST_REMAINDER + 12):
+        kept, _ = cut(document, total - left)
+        assert (kept is None) == (left < SHORTEST_REMAINDER)
+        assert kept is None or len(template.encode(kept)[0]) >= SHORTEST_REMAINDER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -10,6 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import jora
 import jora.demo.run as demo
 from jora.demo import python_docs
 from jora.errors import InputError
@@ -36,14 +38,35 @@ def tiny(tmp_path_factory):
     return directory
 
 
+def earlier(out: Path, *names: str) -> None:
+    """What an earlier demo left in `out`: its inputs and, without names, a run."""
+    for name in names or ("inputs/documents.jsonl", "inputs/questions-train.jsonl", "run/config.yaml", "run/old"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("epochs: 9\n")
+
+
+class Loaded(Exception):
+    """The demo got as far as loading its model."""
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo ends where it would build its data, the model being loaded."""
+
+    def build_data(*_: object) -> None:
+        raise Loaded
+
+    monkeypatch.setattr(demo, "prepare_model", lambda reporter: "model")
+    monkeypatch.setattr(jora, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(demo, "build_data", build_data)
+
+
 @pytest.mark.slow
 def test_the_whole_demo_over_two_devices(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "prepare_model", lambda reporter: tiny)
     monkeypatch.setattr(demo, "ANSWER_TOKENS", 8)
     out = tmp_path / "demo"
-    for stale in (out / "inputs", out / "run"):  # an earlier demo's, whose place this one takes
-        stale.mkdir(parents=True)
-    (out / "run" / "config.yaml").write_text("epochs: 9\n")
+    earlier(out)  # whose place this one takes
     result = demo.run_demo(out, limit=8, mesh="tensor=2")
     assert len(result.before.rows) == len(result.after.rows) == 8
     assert result.after.loss < result.before.loss  # a random model learns something from anything
@@ -60,6 +83,54 @@ def test_what_is_no_demo_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="holds something that is no demo"):
         demo.run_demo(tmp_path)
     assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["inputs/documents.jsonl", "run/config.yaml"], "holds something that is no demo"),
+        (["inputs/mine.txt"], "holds something that is no demo"),
+        (
+            ["inputs/documents.jsonl", "inputs/questions-train.jsonl", "run/mine.txt"],
+            r"run is no run of a demo, it has no config\.yaml: delete it or give another --out",
+        ),
+        (
+            ["inputs/documents.jsonl", "inputs/questions-train.jsonl", "run/config.yaml", "data/mine.csv"],
+            r"data holds mine\.csv, which is no part of a data set",
+        ),
+    ],
+)
+def test_directories_of_the_same_names_are_left_alone(tmp_path, built, names, words):
+    earlier(tmp_path, *names)
+    with pytest.raises(InputError, match=words):
+        demo.run_demo(tmp_path)
+    assert all((tmp_path / name).exists() for name in names)
+
+
+def test_the_earlier_run_goes_when_the_model_is_there(tmp_path, built, monkeypatch):
+    earlier(tmp_path)
+    with pytest.raises(Loaded):
+        demo.run_demo(tmp_path)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(Loaded):
+        demo.run_demo(tmp_path)  # an interrupted one: inputs and no run
+    earlier(tmp_path)
+
+    def absent(reporter: object) -> None:
+        raise InputError("the model is not installed")
+
+    monkeypatch.setattr(demo, "prepare_model", absent)
+    with pytest.raises(InputError, match="not installed"):
+        demo.run_demo(tmp_path)
+    assert (tmp_path / "run" / "old").exists()
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, built, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    earlier(tmp_path / "demo")
+    with pytest.raises(Loaded):
+        demo.run_demo("~/demo")
+    assert not (tmp_path / "demo" / "run").exists()
 
 
 def test_limit_must_be_positive(tmp_path):

@@ -71,7 +71,7 @@ def _read_prompts(options: Options) -> list[Any]:
     if options.prompts is None:
         raise InputError("jora generate: give --prompt TEXT or --prompts FILE")
     check_file("--prompts", options.prompts)
-    path = Path(options.prompts)
+    path = Path(options.prompts).expanduser()
     if path.suffix == ".jsonl":
         from jora.data.formats import read_examples
 

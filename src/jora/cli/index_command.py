@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jora.cli.checks import check_parent
 from jora.cli.common import open_tokenizer
 from jora.cli.options import CommandOptions
 from jora.errors import InputError
@@ -41,10 +42,12 @@ class Options(CommandOptions):
 
 
 def run(options: Options, reporter: Reporter) -> None:
-    """Read, index, write, report."""
+    """Check, read, index, write, report."""
     from jora.data.documents import read_documents
-    from jora.data.index import build_index, write_index
+    from jora.data.index import build_index, check_out, write_index
 
+    check_out(options.out)
+    check_parent(options.out)
     settings = _settings(options, reporter)
     documents = read_documents(options.documents)
     index = build_index(documents, open_tokenizer(options.model), settings)
@@ -66,7 +69,7 @@ def _settings(options: Options, reporter: Reporter) -> RaftOptions:
 def _trained_with(data: str) -> RaftOptions:
     from jora.data.index import options_of
 
-    path = Path(data) / "manifest.json"
+    path = Path(data).expanduser() / "manifest.json"
     try:
         return options_of(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

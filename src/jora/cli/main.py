@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -28,6 +29,10 @@ COMMANDS = {
     "env": "devices, versions, which kernel is chosen for what and why",
     "demo": "the main job end to end on real input",
 }
+
+
+# Errors of a write to an open file, which name no file.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _usage() -> str:
@@ -100,9 +105,11 @@ def main() -> None:
         if isinstance(error, BrokenPipeError):  # the reader (`| head`) has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        if error.filename is None:
+        if error.filename is not None:
+            sys.exit(_complain(f"{error.filename}: {error.strerror}"))
+        if error.errno not in _NO_ROOM:
             raise
-        sys.exit(_complain(f"{error.filename}: {error.strerror}"))
+        sys.exit(_complain(f"{error.strerror}: make room where the command writes and run it again"))
     except KeyboardInterrupt:
         print("jora: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import tyro
 
+from jora.cli.checks import check_parent
 from jora.cli.common import open_tokenizer
 from jora.cli.options import CommandOptions
 from jora.data.raft import RaftOptions
@@ -30,11 +31,13 @@ class Options(CommandOptions):
 
 
 def run(options: Options, reporter: Reporter) -> None:
-    """Read, build, write, report."""
+    """Check, read, build, write, report."""
     from jora.data import raft
     from jora.data.documents import read_documents
     from jora.data.questions import read_questions
 
+    raft.check_out(options.out)
+    check_parent(options.out)
     documents = read_documents(options.documents)
     questions = read_questions(options.questions)
     held = None if options.eval_questions is None else read_questions(options.eval_questions)

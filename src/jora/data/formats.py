@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,13 +78,15 @@ class Example:
 
 
 _KNOWN = ("messages", "prompt", "completion", "documents", "document_template")
+# Two of these make a character. JSON allows one alone, which is no character and cannot be written.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, object) of every line that is not empty.
 
     Raises:
-        InputError: the file is missing or not UTF-8, or a line is not a JSON object.
+        InputError: the file is missing or not UTF-8, a line is not a JSON object, or it holds half a character.
     """
     file = Path(path).expanduser()
     try:
@@ -105,7 +108,17 @@ def json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, 
             raise InputError(message) from None
         if not isinstance(value, dict):
             raise InputError(f"{where}: a JSON object is needed, this is a {type(value).__name__}")
+        if _SURROGATE.search(line):
+            _check_whole_characters(value, where)
         yield where, value
+
+
+def _check_whole_characters(value: dict[str, Any], where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise InputError(f"{where}: {half} alone is half of a character: write both halves, or remove it") from None
 
 
 def _messages(value: Any, name: str, where: str) -> tuple[Message, ...]:

@@ -21,7 +21,7 @@ from jora.data.manifest import content_hash, versions
 from jora.data.raft import RaftOptions
 from jora.data.retrieval import BM25
 from jora.errors import InputError
-from jora.files import atomic_directory
+from jora.files import atomic_directory, check_holds_only
 
 MANIFEST, CHUNKS, SCORES = "manifest.json", "chunks.jsonl", "bm25"
 VERSION = 1
@@ -69,16 +69,19 @@ def build_index(documents: Sequence[Document], tokenizer: Callable[..., Any], op
     return Index(tuple(chunks), tuple(document.path for document in documents), bm25, options, manifest)
 
 
+def check_out(out: str | os.PathLike[str]) -> None:
+    """Raise InputError where `out` is a file, or a directory that holds anything but an index."""
+    check_holds_only(Path(out).expanduser(), (MANIFEST, CHUNKS, SCORES), "an index")
+
+
 def write_index(index: Index, out: str | os.PathLike[str]) -> None:
     """Write an index directory, all or nothing; an index that stands there is replaced.
 
     Raises:
-        InputError: `out` holds something else.
+        InputError: see `check_out`.
     """
-    target = Path(out).expanduser()
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise InputError(f"{target} holds something that is no index: give another directory")
-    with atomic_directory(target) as directory:
+    check_out(out)
+    with atomic_directory(Path(out).expanduser()) as directory:
         with (directory / CHUNKS).open("w", encoding="utf-8", newline="\n") as file:
             for chunk in index.chunks:
                 line = asdict(chunk) | {"source": index.sources[chunk.document]}

@@ -22,7 +22,7 @@ from jora.data.questions import Question, Unresolved
 from jora.data.raft_format import ABSTENTION, INSTRUCTION, prompt, target
 from jora.data.retrieval import BM25, Fused, Retriever
 from jora.errors import InputError
-from jora.files import atomic_directory
+from jora.files import atomic_directory, check_holds_only
 
 RetrieverName = Literal["bm25", "dense", "hybrid"]
 SPLIT_STREAM = 1  # which draw decides between training and evaluation; contexts use others
@@ -281,19 +281,18 @@ def _write_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
+def check_out(out: str | os.PathLike[str]) -> None:
+    """Raise InputError where `out` is a file, or a directory that holds anything but a data set."""
+    check_holds_only(Path(out).expanduser(), ("train.jsonl", "eval.jsonl", "manifest.json"), "a data set")
+
+
 def write(result: RaftSet, out: str | os.PathLike[str]) -> None:
     """Write train.jsonl, eval.jsonl (each if it has a line) and manifest.json into `out`, all or nothing.
 
-    Raises:
-        InputError: `out` is a file, or a directory that holds something else.
+    Raises InputError as `check_out` does.
     """
-    target_directory = Path(out).expanduser()
-    names = {"train.jsonl", "eval.jsonl", "manifest.json"}
-    if target_directory.is_file():
-        raise InputError(f"{target_directory} is a file: give a directory")
-    if target_directory.is_dir() and (others := {path.name for path in target_directory.iterdir()} - names):
-        raise InputError(f"{target_directory} holds {min(others)}, which is no part of a data set: give another")
-    with atomic_directory(target_directory) as directory:
+    check_out(out)
+    with atomic_directory(Path(out).expanduser()) as directory:
         for name, lines in (("train.jsonl", result.train), ("eval.jsonl", result.eval)):
             if lines:
                 _write_json_lines(directory / name, lines)

@@ -6,6 +6,7 @@ the question and documents marked `oracle` are never cut.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 OverLong = Literal["shorten", "drop", "error"]
 # A document of which fewer tokens than this would be left is removed whole: a stump tells nothing.
 SHORTEST_REMAINDER = 32
+# A cut goes back to the end of a word that is at most so many tokens away. Not every script has white space.
+WORD_TOKENS = 8
 
 
 @dataclass
@@ -62,6 +65,26 @@ class TokenisedSet(NamedTuple):
     report: LengthReport
 
 
+def _beginning(text: str, excess: int, template: Template) -> str:
+    """`text` without its last `excess` tokens (at least a character), "" where too little would be left of it."""
+    _, offsets = template.encode(text)
+
+    def end(count: int) -> int:
+        # Of a character that is several tokens, each has the whole: it is kept whole or not at all.
+        return min(offsets[count - 1][1], offsets[count][0])
+
+    left = len(offsets) - excess
+    while left >= SHORTEST_REMAINDER and end(left) >= len(text):
+        left -= 1
+    if left < SHORTEST_REMAINDER:
+        return ""
+    cut, near = end(left), end(max(left - WORD_TOKENS, SHORTEST_REMAINDER))
+    if not text[cut].isspace() and (begun := re.search(r"\s\S*\Z", text[near:cut])):
+        cut = near + begun.start()
+    kept = text[:cut].rstrip()
+    return kept if len(template.encode(kept)[0]) >= SHORTEST_REMAINDER else ""
+
+
 def _without_last(example: Example, excess: int, template: Template) -> Example | None:
     """The example with at least `excess` tokens less in its last removable document, or that document gone.
 
@@ -72,12 +95,8 @@ def _without_last(example: Example, excess: int, template: Template) -> Example 
     if not removable:
         return None
     victim = removable[-1]
-    text = documents[victim].text
-    _, offsets = template.encode(text)
-    left = len(offsets) - excess
-    if left >= SHORTEST_REMAINDER:
-        kept = text[: offsets[left - 1][1]]
-        documents[victim] = replace(documents[victim], text=kept.rsplit(None, 1)[0])  # whole words
+    if kept := _beginning(documents[victim].text, excess, template):
+        documents[victim] = replace(documents[victim], text=kept)
     else:
         del documents[victim]
     return replace(example, documents=tuple(documents))

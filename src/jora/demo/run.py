@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,14 +67,15 @@ def run_demo(
     """
     import jora
 
-    out = Path(out)
+    out = Path(out).expanduser()
     if limit is not None and limit < 1:
         raise InputError(f"demo: limit must be at least 1, found {limit}")
-    run = _clear(out)
+    _check_out(out)
     reporter.note("1/6  the model: Gemma 3 270M")
     model = jora.load_model(prepare_model(reporter), mesh=mesh, reporter=reporter)
     reporter.note("2/6  the data: Python's own documentation, questions of this project")
-    data = out / "data"
+    data, run = out / "data", out / "run"
+    shutil.rmtree(run, ignore_errors=True)
     build_data(model, out / "inputs", data, limit, reporter)
     reporter.note("3/6  the base model answers the held-out questions")
     before = _evaluate(model, None, data, out / "before.jsonl", reporter)
@@ -89,15 +91,19 @@ def run_demo(
     return DemoResult(before, after, asked, run / "adapter", data)
 
 
-def _clear(out: Path) -> Path:
-    """The run directory of this demo, empty; only what an earlier demo wrote is removed."""
-    import shutil
+def _check_out(out: Path) -> None:
+    """Raise InputError where `out` holds what no earlier demo wrote: it would be removed or overwritten."""
+    from jora.data import raft
+    from jora.train.record import CONFIG
 
-    run = out / "run"
-    if out.exists() and any(out.iterdir()) and not (out / "inputs").is_dir():
+    written = (python_docs.DOCUMENTS_FILE, python_docs.questions_file("train"))
+    demo = all((out / "inputs" / name).is_file() for name in written)
+    if out.exists() and any(out.iterdir()) and not demo:
         raise InputError(f"{out} holds something that is no demo: give another directory with --out")
-    shutil.rmtree(run, ignore_errors=True)
-    return run
+    run = out / "run"
+    if run.exists() and not (run / CONFIG).is_file():
+        raise InputError(f"{run} is no run of a demo, it has no {CONFIG}: delete it or give another --out")
+    raft.check_out(out / "data")
 
 
 def prepare_model(reporter: Reporter = SILENT) -> Path:
