@@ -46,6 +46,7 @@ def test_the_engines_options(tmp_path):
     file = tmp_path / "serve.yaml"
     file.write_text("max_batch: 4\nrank_buckets: [8, 16]\nchunk: 64\n")
     argv = ("--model", "m", "--config", str(file), "--chunk", "128", "--pool-gb", "1.5", "--no-prefix-cache")
+    argv += ("--encoders", "org/bert")
     found = engine_options_of(options(*argv), {"acme": 2.0})
     expected = EngineOptions(
         max_batch=4,
@@ -54,6 +55,7 @@ def test_the_engines_options(tmp_path):
         pool_bytes=1_500_000_000,
         prefix_cache=False,
         weights={"acme": 2.0},
+        encoders=("org/bert",),
     )
     assert found == expected
     assert engine_options_of(options(), {}) == EngineOptions()

@@ -44,7 +44,12 @@ def test_it_computes_the_vectors(directory: str, monkeypatch: pytest.MonkeyPatch
     found = encoder.encode(["abba", "e"])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, [[2, 2, 0, 0, 0], [0, 0, 0, 0, 1]])
-    assert encoder.fingerprint == open_encoder(tiny_encoder("bert")[1]).fingerprint
+    beside = open_encoder(tiny_encoder("bert")[1])
+    assert encoder.fingerprint == beside.fingerprint and encoder.nbytes == beside.nbytes > 0
+    kept = open_encoder(directory, keep=True)
+    kept.warm_up()
+    package.SentenceTransformer = None  # it is loaded
+    np.testing.assert_array_equal(kept.encode(["e"]), found[1:])
 
 
 def test_without_the_extra_one_line_says_what_to_install(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:

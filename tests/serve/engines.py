@@ -113,7 +113,7 @@ def run(engine: Engine, *requests: Request) -> dict[str, list[Event]]:
 
 def no_adapter_is_left(engine: Engine) -> None:
     """Where all were unloaded and nothing runs: no page, no host memory, no soft prompt on the device."""
-    assert not engine.executor._prefixes
+    assert not engine.executor._prefixes and not engine._active_set.members
     check(engine)
     pages = engine.stats().pool_pages
     assert (pages["kv"], pages["adapter"] - engine.pages.owned(BALLAST)) == (0, 0)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 from tests.bytewise import bytewise_llama
+from tests.encoders.tiny_encoders import tiny_encoder
 
 import jora
+from jora.encoders import open_encoder
 from jora.errors import InputError
 from jora.serve import memory
 from jora.serve.adapters.active import new_active
@@ -77,6 +81,24 @@ def test_a_pool_of_ones_own(model, monkeypatch):
         memory.plan(model, EngineOptions(pool_bytes=5 * GIB))
     with pytest.raises(InputError, match="no room"):
         memory.plan(model, EngineOptions(max_batch=10**7))
+
+
+def test_encoders_have_a_line_of_their_own(model, monkeypatch):
+    path = tiny_encoder("bert")[1]
+    monkeypatch.setattr(memory, "free_bytes", lambda layout: 4 * GIB)
+    options = EngineOptions(soft_tokens=4, encoders=(path, path))
+    with_them, without = (memory.plan(model, each) for each in (options, replace(options, encoders=())))
+    encoder = open_encoder(path, keep=True)
+    held = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(encoder._load()))
+    assert held <= with_them.encoders < 1.2 * held and with_them.parts()["encoders"] == with_them.encoders
+    assert without.pool - with_them.pool == pytest.approx(with_them.encoders / 2, abs=1)
+    used = with_them.pool + with_them.active + with_them.steps + with_them.encoders
+    assert used + with_them.rest == 4 * GIB
+    assert "encoders" not in without.parts() and not memory.plan(model, replace(options, soft_tokens=0)).encoders
+    with pytest.raises(InputError, match=r"of them for active adapters.*for encoders"):
+        memory.plan(model, replace(options, pool_bytes=5 * GIB))
+    with pytest.raises(InputError, match="no-encoder"):
+        memory.plan(model, replace(options, encoders=("./no-encoder",)))
 
 
 def test_sampling_is_counted(model):

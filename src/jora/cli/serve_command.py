@@ -186,6 +186,11 @@ def start_engine(
     engine_options = memory.with_pool(model, fitted(engine_options, adapters))
     planned = memory.plan(model, engine_options)
     engine = Engine(model, engine_options, catalogue)
+    if engine.max_length < (asked := engine_options.longest(model.config.max_positions)):
+        reporter.note(
+            f"warning: the page pool holds sequences of {engine.max_length} tokens at most, not {asked}, and beside an "
+            "adapter fewer; --pool-gb makes it larger"
+        )
     engine.warm_up(reporter)
     # What starting has made stays: without this the collector looks through it in the middle of a step (150 ms seen).
     gc.collect()
@@ -225,6 +230,7 @@ def make_server(
         model=options.served_model_name or Path(options.model).name,
         keys=keys,
         retriever=retriever,
+        adapters=None if options.adapters is None else Path(options.adapters).expanduser(),
         allow_adapter_loading=options.allow_adapter_loading,
         ready=True,  # the engine is warm before the port answers
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -38,6 +39,15 @@ class Encoder(Protocol):
 
     def encode(self, texts: Sequence[str], reporter: Reporter = SILENT) -> Float32[np.ndarray, "n h"]:
         """A vector a text. Loads the weights, and keeps none of them unless it was opened to keep them."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights where it computes: from the headers of its files."""
+        ...
+
+    def warm_up(self) -> None:
+        """Do now what the first text of any length would wait for, where it was opened to keep its weights."""
         ...
 
 
@@ -81,12 +91,25 @@ class BertEncoder:
         reporter.start(len(ids), "encoding prompts")
         for start in range(0, len(order), ROWS):
             members = order[start : start + ROWS]
-            tokens, mask = self._padded([ids[i] for i in members])
-            hidden = hidden_states(params, tokens, mask, config=self.config)
-            vectors[members] = np.asarray(hidden[: len(members), 0])
+            vectors[members] = self._vectors(params, [ids[i] for i in members])
             reporter.update(start + len(members))
         reporter.finish()
         return vectors
+
+    @property
+    def nbytes(self) -> int:
+        return weight_bytes(self.path)
+
+    def warm_up(self) -> None:
+        self.encode([""])  # reads tokenizer and weights
+        params, length = self._load(), SHORTEST
+        while length < 2 * self.config.max_tokens:
+            self._vectors(params, [[self.config.pad_id] * min(length, self.config.max_tokens)])
+            length *= 2
+
+    def _vectors(self, params: Any, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "b h"]:
+        tokens, mask = self._padded(ids)
+        return np.asarray(hidden_states(params, tokens, mask, config=self.config)[: len(ids), 0])
 
     def _read(self) -> Any:
         return load_params(SafetensorsSource(self.path), self.config, str(self.path))
@@ -134,6 +157,13 @@ class SentenceEncoder:
         reporter.finish()
         return vectors
 
+    @property
+    def nbytes(self) -> int:
+        return weight_bytes(self.path)
+
+    def warm_up(self) -> None:
+        self.encode(["a"])
+
     def _read(self) -> Any:
         try:
             from sentence_transformers import SentenceTransformer
@@ -143,6 +173,12 @@ class SentenceEncoder:
                 "RoBERTa directory"
             ) from None
         return SentenceTransformer(str(self.path))
+
+
+def weight_bytes(path: Path) -> int:
+    """Of all its tensors, in fp32."""
+    source = SafetensorsSource(path)
+    return sum(4 * math.prod(source.shape(name)) for name in source.names())
 
 
 def fingerprint(path: Path) -> str:

@@ -104,7 +104,9 @@ class AsyncEngine:
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:
         """Load or replace an adapter. Raises InputError where it cannot be served."""
-        return await asyncio.to_thread(self.engine.load_adapter, name, path)
+        info = await asyncio.to_thread(self.engine.load_adapter, name, path)
+        await self._call(self.engine.retire)  # an idle engine makes no step that would free what was replaced
+        return info
 
     async def unload_adapter(self, name: str) -> None:
         """Serve it no longer; requests that run with it finish. Raises UnknownAdapter."""

@@ -43,6 +43,7 @@ from jora.serve.stats import EngineStats
 from jora.serve.text.detokenise import Detokeniser
 
 IDLE = 0.001  # s between two looks where there is nothing to compute
+SMALL = 32  # tokens of a sequence that any pool must hold
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Engine:
         clock: seconds, rising; deadlines are on it.
 
     Raises:
-        InputError: a pool that does not fit the devices, or holds no sequence.
+        InputError: a pool that does not fit the devices, or holds no sequence of `SMALL` tokens.
     """
 
     def __init__(
@@ -82,7 +83,6 @@ class Engine:
         assert options.pool_bytes is not None and options.targets is not None
         assert options.product_buckets is not None and options.soft_tokens is not None
         self.model, self.options = model, options
-        self.max_length = min(options.max_length or model.config.max_positions, model.config.max_positions)
         self.targets = options.targets
         self.pool_layout = PoolLayout.of(model.config, model.layout, model.dtype, options.page_tokens)
         self.pages = Pages(self.pool_layout.pages_in(options.pool_bytes))
@@ -93,9 +93,18 @@ class Engine:
         limits = Limits(self.targets, ranks, products, options.soft_tokens, self.pages.total - 1)
         self.loader = Loader(self.catalogue, model, self.pool_layout, limits)
         self.host = HostStore(self.loader, options.host_adapters_bytes)
-        self.resident = Resident(self.catalogue, self.loader, self.host, self.pages, active, self._retired)
+        self.resident = Resident(
+            self.catalogue,
+            self.loader,
+            self.host,
+            self.pages,
+            active,
+            on_retired=self._retired,
+            on_freed=lambda version: self.executor.deactivate(version),
+        )
         cache = PrefixCache(self.pool_layout, self.pages) if options.prefix_cache else None
         self.scheduler = Scheduler(options, self.pool_layout, self.pages, cache, self.resident, clock)
+        self.max_length = self._longest()
         self.executor = Executor(
             model,
             options,
@@ -114,11 +123,25 @@ class Engine:
         self._unprompted: dict[str, None] = {}  # requests whose soft prompt is not known yet
         self._counts: Counter[str] = Counter()
 
+    def _longest(self) -> int:
+        """Most positions of a sequence: what is asked for, as far as the model has them and the pool holds them."""
+        asked = self.options.longest(self.model.config.max_positions)
+        held = self.scheduler.longest(None, asked)
+        if held < min(SMALL, asked):
+            raise InputError(
+                f"a pool of {self.options.pool_bytes:,} bytes holds a sequence of {held} tokens at most, which is too"
+                " few to serve; make it larger"
+            )
+        return held
+
     def warm_up(self, reporter: Reporter = SILENT) -> None:
-        """Compile every program that serving may need; after this nothing compiles."""
+        """Load the encoders, and compile every program that serving may need; after this nothing compiles.
+
+        Raises InputError for an encoder that cannot be read.
+        """
         warm_up(self.executor, self._active_set.sizes(), reporter)
         if self.options.soft_tokens:
-            self._soft_prompts.warm_up(self.max_length)
+            self._soft_prompts.warm_up(self.max_length, self.options.encoders)
 
     def close(self) -> None:
         """End its threads, after what they are doing."""
@@ -150,6 +173,8 @@ class Engine:
             here = self.resident.status(version) in ("host", "resident")
             self._counts["adapter_hits" if here else "adapter_misses"] += 1
         most = request.most_tokens(slots, self.max_length, self.model.config.vocab_size)
+        if request.sampling.max_tokens is None:  # what the pool cannot hold is refused only where it was asked for
+            most = max(1, min(most, self.scheduler.longest(version, self.max_length) - slots - len(request.prompt)))
         seed = request.sampling.seed
         seed = secrets.randbits(32) if seed is None else seed
         submitted: list[Sequence] = []
@@ -206,7 +231,8 @@ class Engine:
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
         """Serve an adapter under a name, in place of one that has it; requests that run keep the old one.
 
-        Everything is checked before. May be called from another thread. Raises InputError.
+        Everything is checked before. May be called from another thread; what it replaces is freed by `retire`, or in
+        the next step. Raises InputError.
         """
         entry = self.catalogue.candidate(name, path)
         try:
@@ -221,6 +247,10 @@ class Engine:
     def unload_adapter(self, name: str) -> None:
         """Serve it no longer; requests that have it finish. Raises UnknownAdapter."""
         self.catalogue.unload(name)
+        self.retire()
+
+    def retire(self) -> None:
+        """Free what was replaced or unloaded and is not in use."""
         self.resident.retire()
 
     def adapters(self) -> list[AdapterInfo]:
@@ -234,7 +264,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One step; what is new of the step before it."""
-        self.resident.retire()
+        self.retire()
         events = self._failed_adapters() + self._make_soft_prompts()
         plan = self.scheduler.plan()
         self._counts["preemptions"] += len(plan.preempted)
@@ -298,8 +328,8 @@ class Engine:
         if not plan.admitted:
             return
         self.executor.write(self.resident.take_copies())
-        running = {s.adapter for s, live in self._live.items() if s.slot is not None and s.adapter is not None}
-        self.executor.activate({v: (self.resident.spec(v), self.resident.pages_of(v)) for v in sorted(running)})
+        rows = Counter(s.adapter for s in self._live if s.slot is not None and s.adapter is not None)
+        self.executor.activate({v: (self.resident.spec(v), self.resident.pages_of(v)) for v in sorted(rows)}, rows)
         for sequence in plan.admitted:
             live = self._live[sequence]
             live.slot = sequence.slot

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jora.encoders import open_encoder
 from jora.errors import InputError
 from jora.models.config import LINEARS, ModelConfig
 from jora.models.model import Model
@@ -32,6 +33,7 @@ class Memory:
     active: int
     steps: int
     rest: int
+    encoders: int = 0
 
     def parts(self) -> dict[str, int]:
         """The numbers under the names that a person is shown."""
@@ -40,30 +42,35 @@ class Memory:
             "page pool": self.pool,
             "active adapters": self.active,
             "steps (estimate)": self.steps,
+            **({"encoders": self.encoders} if self.encoders else {}),
             "left": self.rest,
         }
 
 
 def plan(model: Model, options: EngineOptions) -> Memory:
-    """How the memory of each device will be used, before pool and active set are made; the weights are there already.
+    """How the memory of each device will be used, before pool and active set are made and encoders are loaded; the
+    weights are there already.
 
     Raises:
-        InputError: what is free does not hold `options.pool_bytes`, or any pool worth having.
+        InputError: what is free does not hold `options.pool_bytes`, or any pool worth having, or an encoder is missing.
     """
     config, layout = model.config, model.layout
     active = active_bytes(config, layout, options, model.dtype.itemsize)
     steps = steps_bytes(config, layout, options, model.dtype.itemsize)
+    encoders = encoder_bytes(options)
     free = free_bytes(layout)
-    room = int(USABLE * free) - active - steps
+    room = int(USABLE * free) - active - steps - encoders
     pool = _host_pool(room, layout) if _on_host(layout) else room
     if options.pool_bytes is not None:
         pool = -(-options.pool_bytes // layout.tensor_shards)
     if pool <= 0 or pool > free:
+        reading = f", {encoders / GIB:.2f} for encoders" if encoders else ""
         raise InputError(
             f"no room for the page pool: {free / GIB:.2f} GiB free on a device, {active / GIB:.2f} of them for active "
-            f"adapters, {steps / GIB:.2f} for steps; lower max_batch, chunk, the largest rank bucket or the pool's size"
+            f"adapters, {steps / GIB:.2f} for steps{reading}; lower max_batch, chunk, the largest rank bucket or the "
+            "pool's size"
         )
-    return Memory(weight_bytes(model), pool, active, steps, free - pool - active - steps)
+    return Memory(weight_bytes(model), pool, active, steps, free - pool - active - steps - encoders, encoders)
 
 
 def with_pool(model: Model, options: EngineOptions) -> EngineOptions:
@@ -79,6 +86,11 @@ def _on_host(layout: Layout) -> bool:
 
 def _host_pool(room: int, layout: Layout) -> int:
     return min(int(HOST_SHARE * room), HOST_MOST // layout.tensor_shards)
+
+
+def encoder_bytes(options: EngineOptions) -> int:
+    """Bytes of the encoders' weights, which lie whole on one device; none are loaded where nobody has soft prompts."""
+    return sum(open_encoder(name).nbytes for name in options.encoders) if options.soft_tokens else 0
 
 
 def weight_bytes(model: Model) -> int:

@@ -18,8 +18,9 @@ class EngineOptions:
     """Sizes that memory and compiled programs follow from, and how requests are chosen.
 
     pool_bytes: of the page pool, over all devices; None takes what `jora.serve.memory` finds free. page_tokens: tokens
-    that a KV page holds. max_length: most tokens of a sequence, prompt and answer; None is the model's positions.
-    max_batch: sequences that decode together. chunk: most prompt tokens of one prefill step.
+    that a KV page holds. max_length: most tokens of a sequence, prompt and answer; None is the model's positions. No
+    sequence gets more than the pool holds. max_batch: sequences that decode together. chunk: most prompt tokens of one
+    prefill step.
 
     rank_buckets: total adapter ranks of a decode batch, one program each (0, the base alone, is always there); the
     largest is the most that can run together. product_buckets: the same for the extra base products that fLoRA, DoRA
@@ -32,8 +33,10 @@ class EngineOptions:
     by what requests need now and preempt when the pool is full, instead of by what they may need at most.
     prefix_cache: keep finished prompts' pages for requests that begin alike. cluster: prefer waiting requests of
     running adapters once this many adapters run (S-LoRA); 0 is off. slo: seconds to the first token after which a
-    request that cannot make it is ended early; None is off. max_queue: waiting requests before new ones are rejected.
-    host_adapters_bytes: bound of the adapters kept in host memory.
+    request that cannot make it is ended early; None is off. max_queue: waiting requests before new ones are rejected:
+    those of a client that has its even share of them, and of everybody at twice as many. host_adapters_bytes: bound of
+    the adapters kept in host memory. encoders: directories or hub ids of encoders that adapters may use for their soft
+    prompts (their `Catalogue` says which), to be loaded at start; without soft_tokens none is.
     """
 
     pool_bytes: int | None = None
@@ -53,6 +56,7 @@ class EngineOptions:
     slo: float | None = None
     max_queue: int = 1024
     host_adapters_bytes: int = 4 * 10**9
+    encoders: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -72,3 +76,7 @@ class EngineOptions:
             raise InputError(f"weights must be above 0, found {dict(self.weights)}")
         if self.scheduler not in ("vtc", "fcfs"):
             raise InputError(f"scheduler {self.scheduler!r} is not known; use vtc or fcfs")
+
+    def longest(self, positions: int) -> int:
+        """`max_length` for a model of so many positions."""
+        return min(self.max_length or positions, positions)

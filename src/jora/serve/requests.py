@@ -17,13 +17,14 @@ MAX_LOGPROBS = 20  # alternatives a token, as OpenAI's API allows
 class SamplingOptions:
     """How a request's tokens are chosen and when it ends, under vLLM's names.
 
-    max_tokens: most new tokens; None is whatever the model's positions allow. min_tokens: EOS and stop tokens cannot
-    be drawn before so many. temperature 0 is greedy; the filters are those of `jora.inference.sampling.Sampling`.
-    presence_penalty and frequency_penalty count generated tokens (OpenAI), repetition_penalty prompt and generated
-    tokens (arXiv 1909.05858). seed: None draws one. stop: the text ends before the first of these strings (behind it
-    with include_stop). ignore_eos: only max_tokens, stop and stop_token_ids end it. logprobs: report each token's log
-    probability and so many alternatives; prompt_logprobs the same of the prompt's tokens. n: independent answers.
-    logit_bias: added to the logits of these tokens. grammar: see `jora.serve.text.grammar`.
+    max_tokens: most new tokens; None is whatever the model's positions and the pool allow. min_tokens: EOS and stop
+    tokens cannot be drawn before so many. temperature 0 is greedy; the filters are those of
+    `jora.inference.sampling.Sampling`. presence_penalty and frequency_penalty count generated tokens (OpenAI),
+    repetition_penalty prompt and generated tokens (arXiv 1909.05858). seed: None draws one. stop: the text ends before
+    the first of these strings (behind it with include_stop). ignore_eos: only max_tokens, stop and stop_token_ids end
+    it. logprobs: report each token's log probability and so many alternatives; prompt_logprobs the same of the prompt's
+    tokens. n: independent answers. logit_bias: added to the logits of these tokens. grammar: see
+    `jora.serve.text.grammar`.
     """
 
     max_tokens: int | None = None

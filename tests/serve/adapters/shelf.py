@@ -52,6 +52,7 @@ class Shelf(NamedTuple):
     pages: Pages
     resident: Resident
     retired: list[AdapterVersion]
+    active: ActiveSet
 
 
 @contextmanager
@@ -62,9 +63,10 @@ def shelf(directory: Path, pages: int = 200, host_bytes: int = 1 << 30, ranks: i
     loader = Loader(catalogue, model, pool_layout(model), LIMITS)
     host = HostStore(loader, host_bytes)
     books, retired = Pages(pages), list[AdapterVersion]()
-    resident = Resident(catalogue, loader, host, books, ActiveSet((ranks,), (3,)), retired.append)
+    active = ActiveSet((ranks,), (3,))
+    resident = Resident(catalogue, loader, host, books, active, retired.append, active.remove)
     try:
-        yield Shelf(catalogue, loader, host, books, resident, retired)
+        yield Shelf(catalogue, loader, host, books, resident, retired, active)
     finally:
         host.close()
 

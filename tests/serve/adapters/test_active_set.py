@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from jora.serve.adapters.packing import Spec, TargetSpec
 
 RANKS, PRODUCTS = (8, 20, 40), (2, 6)
 SPECS = st.tuples(st.integers(0, 12), st.integers(0, 3)).map(lambda n: spec(*n))
-TRACES = st.lists(st.dictionaries(st.integers(0, 9), st.none(), max_size=8), max_size=25)
+TRACES = st.lists(st.dictionaries(st.integers(0, 9), st.integers(1, 3), max_size=8), max_size=25)  # name -> rows
 
 
 def spec(rank: int, products: int = 0) -> Spec:
@@ -49,23 +50,31 @@ class Mirror:
 
 @settings(max_examples=150, deadline=None)
 @given(specs=st.lists(SPECS, min_size=10, max_size=10), trace=TRACES)
-def test_any_load(specs: list[Spec], trace: list[dict[int, None]]) -> None:
+def test_any_load(specs: list[Spec], trace: list[dict[int, int]]) -> None:
     active, mirror = ActiveSet(RANKS, PRODUCTS), Mirror()
     for names in trace:
-        wanted: dict[int, Spec] = {}
-        for name in names:  # admission: what still fits
-            rows = [*wanted.items(), (name, specs[name])]
-            ranks, products = sum(s.rank for _, s in rows), sum(s.products for _, s in rows)
-            assert active.fits(rows) == (ranks <= 40 and products <= 6)
+        running: list[int] = []
+        for name in [name for name, rows in names.items() for _ in range(rows)]:  # admission: what still fits
+            rows = [(each, specs[each]) for each in (*running, name)]
+            once = dict(rows).values()
+            ranks, products = sum(s.rank for s in once), sum(s.products for s in once)
+            extra = sum(max(0, s.products - 1) for _, s in rows)
+            assert active.fits(rows) == (ranks <= 40 and products <= 6 and extra <= 6)
             if active.fits(rows):
-                wanted[name] = specs[name]
-        mirror.apply(active.update(wanted))
+                running.append(name)
+        wanted = {name: specs[name] for name in running}
+        mirror.apply(active.update(wanted, Counter(running)))
         assert mirror.size == active.size
+        vector, row = active.expanded(running, active.size.products)
+        for number, name in enumerate(running):
+            own = [vector[number], *vector[len(running) :][row == number]] if specs[name].products else []
+            assert [mirror.vectors[each] for each in own] == [name] * specs[name].products
+        assert all(m.spec.rank or m.spec.products or v in wanted for v, m in active.members.items())
         for name in wanted:
             place = active.members[name].place
             assert mirror.ranks[place.rank : place.rank + specs[name].rank] == [name] * specs[name].rank
-            own = [rank for rank, owner in enumerate(mirror.owner) if owner == place.number]
-            assert own == list(range(place.rank, place.rank + specs[name].rank))
+            ranks_of = [rank for rank, owner in enumerate(mirror.owner) if owner == place.number]
+            assert ranks_of == list(range(place.rank, place.rank + specs[name].rank))
             count = specs[name].products
             assert mirror.vectors[place.vector : place.vector + count] == [name] * count
         numbers = [member.place.number for member in active.members.values()]
@@ -113,6 +122,24 @@ def test_rows_and_their_products() -> None:
     with pytest.raises(ValueError, match="4 extra products do not fit 3"):
         active.expanded(rows, 3)
     assert active.fits([("flora", spec(0, 3))] * 3) and not active.fits([("flora", spec(0, 3))] * 4)
+
+
+def test_one_more_row_of_an_adapter_that_is_there_takes_the_next_bucket() -> None:
+    active, flora = ActiveSet((8,), (8, 32)), {"flora": spec(0, 4)}
+    assert active.fits([*flora.items()] * 4)
+    assert active.update(flora, {"flora": 2}).rebuild == Size(0, 8)  # four products, and six more of the rows
+    assert active.update(flora, {"flora": 2}) == Update(None, (), ())
+    assert active.update(flora, {"flora": 4}).rebuild == Size(0, 32)
+    assert (active.expanded(["flora"] * 4, active.size.products)[1] < 4).sum() == 12
+    assert active.update(flora, {"flora": 1}).rebuild == Size(0, 8)
+
+
+def test_soft_prompts_leave_when_nobody_has_them() -> None:
+    """They take no place, so no other would ever make them go."""
+    active = ActiveSet((8,))
+    for number in range(2000):
+        active.update({"lora": spec(4), number: Spec()})
+    assert set(active.members) == {"lora", 1999}
 
 
 def test_it_shrinks_past_half_where_three_quarters_are_saved() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.serve.adapters.shelf import base, save
@@ -148,6 +150,62 @@ def test_info_tells_method_rank_and_targets_without_weights(served: Path) -> Non
 def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such directory"):
         catalogue(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("call", ["lstat", "open"])
+def test_what_cannot_be_read_is_refused_by_itself(served: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    save(served / "b")
+    real = getattr(Path, call)
+
+    def shut(path: Path, *args: Any, **options: Any) -> Any:  # by hand: root may read everything
+        if path.parent.name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, call, shut)
+    told: list[str] = []
+    found = catalogue(served)
+    assert [info.name for info in found.infos(lambda name, error: told.append(str(error)))] == ["a"]
+    [line] = told
+    assert "adapter 'b'" in line and "cannot be read (Permission denied)" in line and str(served) not in line
+
+
+def test_what_goes_while_it_is_looked_at_is_passed_over(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(served / "a", served / "team" / "b")
+    (served / "loop").symlink_to("loop")
+    found, listdir = catalogue(served), os.listdir
+    assert found.names() == ["a", "team/b"]
+
+    def late(path: str) -> list[str]:
+        names = listdir(path)
+        if path.endswith("team"):
+            shutil.rmtree(path)
+        return names
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", late)
+        assert found.names() == ["a"]
+    version = found.resolve("a")
+    shutil.rmtree(served)
+    assert found.names() == [] and found.infos() == []
+    with pytest.raises(InputError):
+        found.info(version)
+
+
+def test_a_directory_that_cannot_be_read_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match="cannot be read"):
+        catalogue(served)
+
+
+def test_a_name_that_is_too_long_for_a_file_is_unknown(served: Path) -> None:
+    found = catalogue(served)
+    with pytest.raises(UnknownAdapter):
+        found.resolve("é" * 200)  # 400 bytes
+    with pytest.raises(UnknownAdapter):
+        found.unload("é" * 200)
+    with pytest.raises(InputError, match="no such"):
+        found.candidate("x", "é" * 200)
 
 
 def test_a_sibling_whose_name_begins_alike_is_outside(served: Path, tmp_path: Path) -> None:

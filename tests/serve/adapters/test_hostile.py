@@ -154,7 +154,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "memory": ({"bases": 10**10}, "its options ask for"),
     "unknown option": ({"evil": 1}, "another version"),
     "kind": ({"rank": "2"}, "another version|kind"),
-    "unhashable": ({"targets": [["q_proj"]]}, "names no module"),
+    "unhashable": ({"targets": [["q_proj"]]}, "is not a module's name"),
     "a list for a number": ({"alpha": [1]}, "kind"),
     "other bases": ({"basis_version": 99}, "version 99"),
     "repeated group": ({"targets": "(q)+_proj"}, "may take very long"),

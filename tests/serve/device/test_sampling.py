@@ -14,7 +14,7 @@ from transformers.generation import logits_process as oracle
 import jora.inference.sampling as base
 from jora.errors import InputError
 from jora.serve.device import sampling
-from jora.serve.device.sample_rows import RowTable, prompt_bits, sample_row, token_counts
+from jora.serve.device.sample_rows import RowTable, answer_seed, prompt_bits, sample_row, token_counts
 from jora.serve.device.sampling import first, new_state, sample, start_row
 from jora.serve.requests import SamplingOptions
 from jora.sharding import single_device
@@ -71,6 +71,22 @@ def test_draws_are_those_of_generate_whatever_shares_the_batch():
     for slot, seed in ((0, 5), (2, 7)):
         wanted = base.sample(LOGITS[slot : slot + 1], alone._replace(seed=jnp.uint32([seed])), jnp.int32(3))
         assert found.token[slot] == wanted[0]
+
+
+def test_a_seed_may_have_any_sign():
+    seeds = (-(2**63), -3, -1, 0, 3, 2**63 - 1)
+    found = [answer_seed(seed, index) for seed in seeds for index in (0, 1)]
+    assert len(set(found)) == len(found) and all(0 <= seed < 2**32 for seed in found)
+    assert answer_seed(-3, 0) == found[2]
+
+
+def test_what_is_nothing_in_fp32_is_not_taken_for_nothing():
+    smallest = SamplingOptions(temperature=100.0, top_p=5e-324)
+    _, found = sample(LOGITS, state_of(), rows_of(smallest), ALL, layout=LAYOUT)
+    assert (found.token == LOGITS.argmax(-1)).all()
+    prompts = [[5, 6, 7]] * ROWS
+    changed = adjusted(SamplingOptions(repetition_penalty=5e-324), prompts=prompts)
+    assert np.isfinite(changed).all() and set(changed.argmax(-1)) <= {5, 6, 7}
 
 
 def test_first_writes_one_row_and_draws_as_the_batch_would():

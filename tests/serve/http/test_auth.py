@@ -137,10 +137,10 @@ def test_who_may_manage_adapters(tmp_path: Path) -> None:
     one, two = "{key: one, client: acme, adapters: ['acme/*']}", "{key: two, client: slow, rate: 0.001}"
     path.write_text(f"keys:\n- {one}\n- {two}\n")
     path.chmod(0o600)
-    with served(make_server(keys=Keys.load(path))) as running, running.http() as http:
+    with served(make_server(keys=Keys.load(path), adapters=tmp_path)) as running, running.http() as http:
 
         def post(what: str, key: str, name: str) -> int:
-            body = {"lora_name": name} | ({"lora_path": "x"} if what == "load" else {})
+            body = {"lora_name": name} | ({"lora_path": "acme/files"} if what == "load" else {})
             headers = {"Authorization": f"Bearer {key}"}
             return http.post(f"/v1/{what}_lora_adapter", json=body, headers=headers).status_code
 

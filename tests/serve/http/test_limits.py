@@ -96,6 +96,23 @@ def test_a_rate_is_held_and_time_gives_it_back():
         limiter.admit(client)
 
 
+def test_every_answer_counts_and_many_are_made_up_for():
+    now = [0.0]
+    limiter = RateLimiter(lambda: now[0])
+    client = Client("acme", rate=2.0)
+    limiter.admit(client, 6)  # there is room for one
+    with pytest.raises(Rejected) as refused:
+        limiter.admit(client)
+    assert refused.value.retry_after == pytest.approx(2.5)
+    now[0] += refused.value.retry_after
+    limiter.admit(client, 100)
+    limiter.give_back(client, 99)
+    with pytest.raises(Rejected) as refused:
+        limiter.admit(client)
+    assert refused.value.retry_after == pytest.approx(0.5)
+    limiter.give_back(Client("free"), 5)
+
+
 def test_a_rate_below_one_and_no_rate():
     now = [0.0]
     limiter = RateLimiter(lambda: now[0])

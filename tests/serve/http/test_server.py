@@ -261,6 +261,26 @@ def test_keys(tmp_path: Path) -> None:
         assert int(caught.value.response.headers["retry-after"]) > 900
 
 
+def test_a_rate_is_of_answers(tmp_path: Path) -> None:
+    """One request for many of them is no way around it; one that is refused has had none."""
+    (tmp_path / "keys.yaml").write_text("keys: [{key: one, client: acme, rate: 2}]")
+    (tmp_path / "keys.yaml").chmod(0o600)
+    header = {"Authorization": "Bearer one"}
+    with served(make_server(keys=Keys.load(tmp_path / "keys.yaml"))) as running, running.http() as http:
+
+        def ask(**body: Any) -> httpx.Response:
+            return http.post("/v1/completions", json={"model": "tiny", "prompt": "a", **body}, headers=header)
+
+        running.engine.refusal = Rejected("the queue is full", 3.0)
+        assert is_error(ask(n=128), 429)["message"] == "the queue is full"
+        running.engine.refusal = None
+        assert ask(prompt=[[1, 2]] * 100, n=2).status_code == 200
+        refused = ask()
+        assert "2 requests a second" in is_error(refused, 429)["message"]
+        assert 95 <= int(refused.headers["retry-after"]) <= 100
+        assert running.server.open == 0
+
+
 def test_fifty_at_once(running: Running, engine: FakeEngine) -> None:
     engine.delay, engine.together = 0.005, 50
 

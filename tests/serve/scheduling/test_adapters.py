@@ -4,7 +4,7 @@ import pytest
 from tests.serve.scheduling.simulation import Simulation, pool_layout
 
 from jora.serve.options import EngineOptions
-from jora.serve.scheduling.admission import PREFETCHED
+from jora.serve.scheduling.admission import LOOKED_AT, PREFETCHED
 from jora.serve.scheduling.sequence import AdapterVersion
 
 PAGE = 4
@@ -27,6 +27,67 @@ def test_a_request_waits_for_its_own_adapter_and_keeps_its_place():
     assert sim.adapters.requested == [A]
     before = [s for s in later if s.order < waits.order]
     assert 0 < len(before) < 6 and waits.order == len(before)  # first in its turn once it was loaded
+
+
+@pytest.mark.parametrize("scheduler", ["vtc", "fcfs"])
+def test_however_many_wait_for_adapters_others_go_on(scheduler):
+    cold = [AdapterVersion(str(n), 0) for n in range(3 * LOOKED_AT)]
+    sim = simulation(sizes=dict.fromkeys(cold, 1), delay=10**6, scheduler=scheduler, max_queue=10**4)
+    waiting = [sim.submit([1], 1, adapter=version, client="a") for version in cold]
+    sim.adapters.on_host.add(cold[-1])
+    base = sim.submit([1], 2, client="b")
+    for _ in range(8):  # by first come, first served, each round looks some hundred sequences further
+        sim.step()
+    assert sim.jobs[base].reason == sim.jobs[waiting[-1]].reason == "length"
+    assert sim.scheduler.waiting_count == len(cold) - 1 and waiting[0].state == "loading"
+    # No matter how many wait, a round asks after few of them; and after all in time.
+    asked, status = [], sim.adapters.status
+    sim.adapters.status = lambda version: asked.append(version) or status(version)
+    sim.step()
+    assert 0 < len(asked) <= LOOKED_AT + 2 * PREFETCHED
+    for number in (5, 400):
+        sim.adapters.loading[cold[number]] = 0
+    for _ in range(8):
+        sim.step()
+    assert sim.jobs[waiting[5]].reason == sim.jobs[waiting[400]].reason == "length"
+    sim.cancel(waiting[7])
+    assert sim.scheduler.waiting_count == len(cold) - 4
+
+
+def test_who_was_set_aside_has_its_place_again():
+    cold = [AdapterVersion(str(n), 0) for n in range(20)]
+    sim = simulation(sizes=dict.fromkeys(cold, 1), delay=6, max_batch=1)
+    aside = [sim.submit([1], 1, adapter=version) for version in cold]
+    later = [sim.submit([n], 2) for n in range(20)]
+    sim.run(200)
+    assert [s.order for s in aside] == sorted(s.order for s in aside)
+    assert 0 < aside[0].order < aside[-1].order < later[-1].order
+
+
+def test_a_client_keeps_its_counter_while_its_adapter_is_loaded():
+    sim = simulation(sizes={A: 5}, delay=30, max_batch=1)
+    cold = sim.submit([1] * 8, 1, adapter=A, client="cold")
+    for _ in range(20):
+        sim.submit([1] * 8, 2, client="busy")
+    for _ in range(20):
+        sim.step()
+    late = sim.submit([1] * 8, 1, client="late")
+    assert sim.scheduler.counters["cold"] == sim.scheduler.counters["late"] == 0 < sim.scheduler.counters["busy"]
+    sim.run(200)
+    assert late.order < cold.order < 20
+
+
+def test_who_waits_for_its_soft_prompt_goes_when_it_is_made():
+    sim = simulation(sizes={A: 5}, max_batch=1)
+    first, second = (sim.submit([n], 1, adapter=A, prefix_slots=3) for n in range(2))
+    first.ready = second.ready = False
+    later = sim.submit([1], 9)
+    for _ in range(4):
+        sim.step()
+    assert (first.state, second.state, later.state) == ("loading", "loading", "running")
+    second.ready = first.ready = True
+    sim.run(50)
+    assert later.order < first.order < second.order
 
 
 def test_adapters_of_the_next_requests_are_loaded_early():

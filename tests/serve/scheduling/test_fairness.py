@@ -177,7 +177,7 @@ def test_no_row_is_idle_while_somebody_fits(scheduler):
         if plan.prefill is None and batch.free_rows and queue:
             name = queue.smallest()
             queue.restore(name)
-            assert not admission._fits(queue.waiting_of(name)[0], 0), "it fitted and was not admitted"
+            assert not admission._fits(next(queue.waiting_of(name)), 0), "it fitted and was not admitted"
             blocked += 1
 
     sim._check = nobody_fits  # between a plan and its dispatch

@@ -1,5 +1,7 @@
 """The scheduler's single decisions: rows, chunks, windows, the pipeline, preemption, refusals."""
 
+import itertools
+
 import pytest
 from tests.serve.scheduling.simulation import Simulation, pool_layout
 
@@ -7,6 +9,8 @@ from jora.errors import InputError
 from jora.serve.options import EngineOptions
 from jora.serve.requests import Rejected
 from jora.serve.scheduling.admission import PREFILLING
+from jora.serve.scheduling.scheduler import REMEMBERED
+from jora.serve.scheduling.sequence import AdapterVersion
 
 PAGE = 4
 
@@ -135,6 +139,58 @@ def test_a_full_queue_rejects_with_a_time_that_follows_the_service_rate():
                 sim.submit([1], tokens)
         waits.append(full.value.retry_after)
     assert 1.0 <= waits[0] < waits[1] <= 60.0
+
+
+def test_a_full_queue_has_a_place_for_those_who_have_less_than_their_share():
+    sim = simulation(max_queue=12, max_batch=1)
+    sim.submit([1], 90)
+    sim.step()
+
+    def taken(client):
+        for count in itertools.count():
+            try:
+                sim.submit([1], 2, client=client)
+            except Rejected:
+                return count
+
+    assert [taken(client) for client in "abca"] == [12, 6, 4, 0]  # a half for the second, a third for the third
+    assert [taken(client) for client in "defg"] == [2, 0, 0, 0]  # never more than twice as many
+    assert sim.scheduler.waiting_count == 24
+    sim.run(1000)
+
+
+def test_preempted_sequences_count_in_the_queue():
+    sim = simulation(pool=21, optimistic=True, max_queue=1)
+    sim.submit([1] * 30, 50, client="a")
+    sim.step()
+    sim.submit([1] * 30, 50, client="b")
+    while not sim.plans[-1].preempted:
+        sim.step()
+    with pytest.raises(Rejected):
+        sim.submit([1], 2, client="b")
+    sim.submit([1], 2, client="c")
+    with pytest.raises(Rejected):
+        sim.submit([1], 2, client="d")
+    sim.run(1000)
+
+
+def test_names_of_unloaded_adapters_are_forgotten_in_time():
+    sim = simulation()
+    for number in range(2 * REMEMBERED):
+        sim.scheduler.drop_adapter(AdapterVersion(f"{number}", number))
+    assert len(sim.scheduler._dropped) == REMEMBERED
+
+
+@pytest.mark.parametrize("windows", [(None,), (6, None), (7,)])
+def test_the_longest_sequence_is_the_longest_that_is_taken(windows):
+    sim = simulation(pool=11, windows=windows)
+    longest = sim.scheduler.longest(None, 500)
+    assert longest == {(None,): 40, (6, None): 24, (7,): 500}[windows]
+    sim.submit([1] * 8, longest - 8)
+    if longest < 500:
+        with pytest.raises(InputError, match="the pool has 10"):
+            sim.submit([1] * 8, longest - 7)
+    sim.run(1000)
 
 
 def test_deadlines_end_requests_in_the_queue_in_prefill_and_in_decode():

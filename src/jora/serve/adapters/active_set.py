@@ -3,12 +3,15 @@
 An adapter stays in the set after its last row has left, until another needs its place: it may be asked for again.
 The set's size is the smallest pair of buckets that holds what runs; it grows at once, and shrinks where a smaller
 bucket would be half empty, or saves three quarters: a load near an edge does not copy everything back and forth.
+Of base products it holds the vectors of each adapter once, and a decode program has as many more rows for all but the
+first of each row: so the bucket must do for both.
 
 No device work here: `update` says what to do.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,20 +69,21 @@ class ActiveSet:
         Ranks and products count once an adapter; extra products (all but the first) once a row.
         """
         rows = list(rows)
-        ranks, products = _needs(dict(rows))
-        extra = sum(max(spec.products - 1, 0) for _, spec in rows)
-        return ranks <= self.rank_buckets[-1] and max(products, extra) <= self.product_buckets[-1]
+        return self._holds(_needs(dict(rows), Counter(version for version, _ in rows)))
 
-    def update(self, wanted: Mapping[AdapterVersion, Spec]) -> Update:
+    def update(self, wanted: Mapping[AdapterVersion, Spec], rows: Mapping[AdapterVersion, int] | None = None) -> Update:
         """Make room for all of `wanted`, which must fit; others may stay or go. Deterministic.
 
+        rows: how many rows each has; one each where it is None. To be called when one more row comes, too.
         Raises ValueError where they do not fit.
         """
-        if not self.fits(wanted.items()):
-            raise ValueError(f"{_needs(wanted)} ranks and products do not fit {self.sizes()[-1]}")
-        size = self._size_for(wanted)
+        needs = _needs(wanted, dict.fromkeys(wanted, 1) if rows is None else rows)
+        if not self._holds(needs):
+            raise ValueError(f"{needs} do not fit {self.sizes()[-1]}")
+        size = self._size_for(needs) if wanted else self.size
         if size != self.size:
             return self._rebuild(wanted, size)
+        self._drop_idle_soft_prompts(wanted)
         new = [version for version in wanted if version not in self.members]
         left: list[int] = []
         joined: list[Member] = []
@@ -95,7 +99,7 @@ class ActiveSet:
         return Update(None, tuple(left), tuple(joined))
 
     def remove(self, version: AdapterVersion) -> int | None:
-        """Take an adapter out (it was unloaded); its number, to be passed to `leave`, or None where it was not in."""
+        """Take an adapter out that no row has; its number, to be passed to `leave`, or None where it was not in."""
         member = self.members.pop(version, None)
         return None if member is None else member.place.number
 
@@ -122,10 +126,10 @@ class ActiveSet:
         padding = extra - len(row)
         return np.array(vector + more + [0] * padding, np.int32), np.array(row + [len(rows)] * padding, np.int32)
 
-    def _size_for(self, wanted: Mapping[AdapterVersion, Spec]) -> Size:
-        if not wanted:
-            return self.size
-        needs = _needs(wanted)
+    def _holds(self, needs: Size) -> bool:
+        return needs.ranks <= self.rank_buckets[-1] and needs.products <= self.product_buckets[-1]
+
+    def _size_for(self, needs: Size) -> Size:
         return Size(
             _bucket(self.rank_buckets, self.size.ranks, needs.ranks),
             _bucket(self.product_buckets, self.size.products, needs.products),
@@ -139,6 +143,12 @@ class ActiveSet:
             assert place is not None  # first fit into an empty range leaves no holes
             joined.append(self._add(version, spec, place))
         return Update(size, (), tuple(joined))
+
+    def _drop_idle_soft_prompts(self, wanted: Mapping[AdapterVersion, Spec]) -> None:
+        """Adapters that take no place would never have to make room for others, and stay for ever."""
+        for version, member in list(self.members.items()):
+            if version not in wanted and not member.spec.rank and not member.spec.products:
+                del self.members[version]
 
     def _add(self, version: AdapterVersion, spec: Spec, place: Place) -> Member:
         self.members[version] = member = Member(version, spec, place)
@@ -156,8 +166,11 @@ class ActiveSet:
         return Place(next(n for n in range(len(numbers) + 1) if n not in numbers), rank, 1 + vector)
 
 
-def _needs(wanted: Mapping[AdapterVersion, Spec]) -> Size:
-    return Size(sum(s.rank for s in wanted.values()), sum(s.products for s in wanted.values()))
+def _needs(wanted: Mapping[AdapterVersion, Spec], rows: Mapping[AdapterVersion, int]) -> Size:
+    """What the adapters take with so many rows each."""
+    products = sum(spec.products for spec in wanted.values())
+    extra = sum(rows[version] * max(spec.products - 1, 0) for version, spec in wanted.items())
+    return Size(sum(spec.rank for spec in wanted.values()), max(products, extra))
 
 
 def _bucket(buckets: Sequence[int], now: int, need: int) -> int:

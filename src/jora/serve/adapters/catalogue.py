@@ -41,8 +41,10 @@ class Catalogue:
         encoders: Sequence[str] = (),
     ):
         roots = [directory, *also] if directory is not None else list(also)
-        if missing := [root for root in roots if not root.is_dir()]:
+        if missing := [root for root in roots if not os.path.isdir(root)]:
             raise InputError(f"{missing[0]}: no such directory; make it, or name the one that holds the adapters")
+        if shut := [root for root in roots if not os.access(root, os.R_OK | os.X_OK)]:
+            raise InputError(f"{shut[0]}: this directory cannot be read; give the server's user the rights to it")
         self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
         self._directory = self._roots[0] if directory is not None else None
         self._config, self._identity, self._encoders = config, identity, tuple(encoders)
@@ -83,7 +85,7 @@ class Catalogue:
         """What stands in the served directory under a name."""
         where = f"adapter {name!r}"
         path = None if self._directory is None else self._directory / name
-        if path is None or not path.is_dir():
+        if path is None or not os.path.isdir(path):  # not Path.is_dir, which raises for a name that is too long
             self._withdrawn.discard(name)
             if name in self._current:
                 self._retire(name)
@@ -120,7 +122,7 @@ class Catalogue:
         elif not given.is_absolute():
             raise InputError(f"{where}: give an absolute path")
         real = confined(given, self._roots, where)
-        if not real.is_dir():
+        if not os.path.isdir(real):
             raise InputError(f"{where}: its path is no directory")
         files = fingerprint(real, self._roots, where)
         if files is None:
@@ -153,7 +155,7 @@ class Catalogue:
             if name not in self._current:
                 self.resolve(name)
             self._retire(name)
-            if self._directory is not None and (self._directory / name).is_dir():
+            if self._directory is not None and os.path.isdir(self._directory / name):
                 self._withdrawn.add(name)
 
     def _retire(self, name: str) -> None:
@@ -218,12 +220,17 @@ class Catalogue:
 
 
 def _adapters(directory: Path | str, prefix: str, roots: tuple[Path, ...], depth: int) -> Iterator[str]:
-    """Names of the adapters below a directory; what lies within an adapter is none."""
-    for entry in os.scandir(directory):
-        if entry.name.startswith(".") or not entry.is_dir():
-            continue
+    """Names of the adapters below a directory; what lies within an adapter is none, nor is what cannot be read."""
+    try:
+        with os.scandir(directory) as found:
+            entries = list(found)
+    except OSError:  # gone by now
+        return
+    for entry in entries:
         name = prefix + entry.name
         try:
+            if entry.name.startswith(".") or not entry.is_dir():
+                continue
             if entry.is_symlink():
                 confined(Path(entry.path), roots, name)
             check_name(name)

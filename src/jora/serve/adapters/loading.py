@@ -23,7 +23,7 @@ from jora.models.model import Model
 from jora.serve.adapters.catalogue import Catalogue
 from jora.serve.adapters.describe import AdapterInfo, Entry
 from jora.serve.adapters.packing import Spec, elements, pack, spec_of
-from jora.serve.adapters.validation import MAX_HEADER_BYTES, check_weights, read_config
+from jora.serve.adapters.validation import MAX_HEADER_BYTES, check_weights, read_config, readable
 from jora.serve.pages.layout import PoolLayout
 from jora.serve.scheduling.sequence import AdapterVersion
 from jora.sharding import single_device
@@ -113,7 +113,7 @@ class Loader:
         here = replace(self._model, layout=self._layout, identity={"name": info.base})
         try:
             # Numbers beyond fp32 are found where they are, by `lower` and `pack`.
-            with jax.default_device(self._cpu), np.errstate(over="ignore", invalid="ignore"):
+            with readable(entry.where), jax.default_device(self._cpu), np.errstate(over="ignore", invalid="ignore"):
                 self._check_size(entry, here)
                 adapter = load_adapter(entry.path, here)
                 self._check_unchanged(entry)

@@ -4,7 +4,8 @@ Only bookkeeping happens here. What has to be written into the pool is handed to
 does it before the step that reads it.
 
 A version that was unloaded or replaced (`retire`) stays as long as something uses it: a running sequence (`pin`) or
-an accepted request (`hold`). Then its pages and its host memory are freed. Its cached prefixes go at once.
+an accepted request (`hold`). Then its pages, its host memory and its place in the active set are freed. Its cached
+prefixes go at once.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class _Resident(NamedTuple):
 
 
 class Resident:
-    """Residency of a catalogue's adapters. on_retired: told of a version that no later request will have."""
+    """Residency of a catalogue's adapters. on_retired: told of a version that no later request will have. on_freed:
+    then told of it when nothing uses it any more.
+    """
 
     def __init__(
         self,
@@ -48,9 +51,10 @@ class Resident:
         pages: Pages,
         active: ActiveSet,
         on_retired: Callable[[AdapterVersion], None] = lambda version: None,
+        on_freed: Callable[[AdapterVersion], None] = lambda version: None,
     ):
         self._catalogue, self._loader, self._host = catalogue, loader, host
-        self._pages, self._active, self._on_retired = pages, active, on_retired
+        self._pages, self._active, self._on_retired, self._on_freed = pages, active, on_retired, on_freed
         self._resident: OrderedDict[AdapterVersion, _Resident] = OrderedDict()  # least recently used first
         self._pinned: set[AdapterVersion] = set()
         self._holds: Counter[AdapterVersion] = Counter()
@@ -182,6 +186,7 @@ class Resident:
             self._evict(version)
         self._host.drop(version)
         self._catalogue.forget(version)
+        self._on_freed(version)
 
 
 def _owner(version: AdapterVersion) -> Hashable:

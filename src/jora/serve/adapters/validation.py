@@ -12,6 +12,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -67,11 +68,39 @@ def confined(path: Path, roots: tuple[Path, ...], where: str) -> Path:
     return real
 
 
+def name_within(directory: Path, path: str) -> str | None:
+    """The name below the served directory of what a path leads to, links followed; None for what lies elsewhere.
+
+    A relative path is below the directory, as `Catalogue.candidate` takes it.
+    """
+    root = os.path.realpath(directory)
+    try:
+        real = Path(os.path.realpath(directory / path))
+    except ValueError:  # a NUL
+        return None
+    return real.relative_to(root).as_posix() if real.is_relative_to(root) else None
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Raises InputError for a file that cannot be read, or no longer: it is its own adapter's trouble alone."""
+    try:
+        yield
+    except OSError as error:
+        # Not the error's text: it names the server's paths, and clients read this.
+        raise InputError(f"{where}: cannot be read ({error.strerror or type(error).__name__})") from error
+
+
 def fingerprint(directory: Path, roots: tuple[Path, ...], where: str) -> Fingerprint | None:
     """The adapter files of a directory; None where it holds no adapter.
 
-    Raises InputError for a file that is none or leads elsewhere, and for weights in pickled form alone.
+    Raises InputError for a file that cannot be read, is none or leads elsewhere, and for weights in pickled form alone.
     """
+    with readable(where):
+        return _fingerprint(directory, roots, where)
+
+
+def _fingerprint(directory: Path, roots: tuple[Path, ...], where: str) -> Fingerprint | None:
     found = []
     for name in FILES:
         path = directory / name
@@ -96,7 +125,7 @@ def fingerprint(directory: Path, roots: tuple[Path, ...], where: str) -> Fingerp
 
 def read_config(path: Path, where: str) -> dict[str, Any]:
     """A JSON object of bounded size and depth whose numbers are finite."""
-    with path.open("rb") as file:
+    with readable(where), path.open("rb") as file:
         text = file.read(MAX_CONFIG_BYTES + 1)
     if len(text) > MAX_CONFIG_BYTES:
         raise InputError(f"{where}: larger than {MAX_CONFIG_BYTES >> 20} MiB, which no adapter's config is")
@@ -152,10 +181,10 @@ def check_weights(path: Path, most_bytes: int, where: str) -> None:
 
     Every tensor has a known dtype, its bytes fit its shape, and the tensors fill the file without gap or overlap.
     """
-    size = path.stat().st_size
-    if size > most_bytes:
-        raise InputError(f"{where}: {size} bytes, more than an adapter of this server can have ({most_bytes})")
-    with path.open("rb") as file:
+    with readable(where), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise InputError(f"{where}: {size} bytes, more than an adapter of this server can have ({most_bytes})")
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise InputError(f"{where}: not a whole safetensors file (a header of {length} bytes in {size})")

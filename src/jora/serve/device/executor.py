@@ -77,9 +77,11 @@ class Executor:
         for copy in copies:
             self.pool = write_pages(self.pool, copy.pages, copy.blocks, self.model.layout)
 
-    def activate(self, wanted: Mapping[AdapterVersion, tuple[Spec, list[int]]]) -> None:
-        """Have the adapters that run in the active set; each with its shape and its pages."""
-        update = self._set.update({version: spec for version, (spec, _) in wanted.items()})
+    def activate(
+        self, wanted: Mapping[AdapterVersion, tuple[Spec, list[int]]], rows: Mapping[AdapterVersion, int]
+    ) -> None:
+        """Have the adapters that run in the active set; each with its shape and its pages, and how many rows it has."""
+        update = self._set.update({version: spec for version, (spec, _) in wanted.items()}, rows)
         if update.rebuild is not None:
             self.active = self.new_active(update.rebuild)
         for number in update.leave:
@@ -98,9 +100,9 @@ class Executor:
             )
 
     def deactivate(self, version: AdapterVersion) -> None:
-        """An adapter that was unloaded leaves the active set."""
+        """An adapter that was unloaded, and that no row has any more, leaves the active set."""
         number = self._set.remove(version)
-        if number is not None:
+        if number is not None and self.active.ranks:
             self.active = joining.leave(self.active, number)
 
     def new_active(self, size: Size) -> Active:

@@ -16,6 +16,8 @@ from jora.serve.requests import SamplingOptions
 
 MOST_BIASED = 300  # tokens of a logit bias, as OpenAI's API allows
 MOST_ENDS = 32  # tokens that can be forbidden before min_tokens
+LEAST_TOP_P = 1e-30  # keeps one token as well; what is 0 in fp32 would keep all
+LEAST_REPETITION = 1e-30  # logits divided by less may overflow
 
 
 def sample_row(options: SamplingOptions, seed: int, ends: Sequence[int], vocabulary: int) -> SampleRows:
@@ -35,14 +37,14 @@ def sample_row(options: SamplingOptions, seed: int, ends: Sequence[int], vocabul
         sampling=Sampling(
             _one(options.temperature, np.float32),
             _one(min(options.top_k, vocabulary), np.int32),
-            _one(options.top_p, np.float32),
+            _one(max(options.top_p, LEAST_TOP_P), np.float32),
             _one(options.min_p, np.float32),
             _one(seed, np.uint32),
         ),
         step=_one(0, np.int32),
         presence=_one(options.presence_penalty, np.float32),
         frequency=_one(options.frequency_penalty, np.float32),
-        repetition=_one(options.repetition_penalty, np.float32),
+        repetition=_one(max(options.repetition_penalty, LEAST_REPETITION), np.float32),
         min_tokens=_one(options.min_tokens, np.int32),
         ends=_padded(forbidden, MOST_ENDS, np.int32, -1),
         bias_ids=_padded(ids, MOST_BIASED, np.int32, -1),
@@ -69,7 +71,8 @@ def at_step(rows: SampleRows, steps: Any) -> SampleRows:
 
 def answer_seed(seed: int, index: int) -> int:
     """Every answer of a request has draws of its own."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+    # Of any sign, as OpenAI's API allows: numpy takes only those from 0 on.
+    return int(np.random.SeedSequence([seed % 2**64, index]).generate_state(1)[0])
 
 
 class RowTable:

@@ -35,8 +35,9 @@ _DIGEST = "sha256:"
 class Client:
     """Whom a key belongs to.
 
-    weight: its share where clients compete, 1 is usual. rate: requests a second, None is no limit. allowed: patterns
-    of the adapters that it may use and manage, as a shell's (`acme-*`); None allows all. The base is open to all.
+    weight: its share where clients compete, 1 is usual. rate: requests a second (`RateLimiter`), None is no limit.
+    allowed: patterns of the adapters that it may use and manage, as a shell's (`acme-*`); None allows all. The base is
+    open to all.
     """
 
     name: str

@@ -232,23 +232,23 @@ def router(server: Server) -> APIRouter:
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
     async def create_chat_completion(body: ChatRequest, http: HttpRequest) -> Response:
-        caller = server.admit(http, body.model, body.timeout)
-        stream = fields.checked_stream(body)
-        _check(body)
-        structure = _structure(body)
-        filled = await server.text.beside(lambda: _filled(server, body))
-        text = await server.text.beside(lambda: prompt_text(server.renderer, body, filled))
-        [tokens] = await server.text.encode([text], special=False)
-        call = _Call(server, body, caller, server.text.check(tokens, "messages"), filled)
-        sampling = fields.sampling_options(
-            body,
-            max_tokens=body.max_completion_tokens or body.max_tokens,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            prompt_logprobs=body.prompt_logprobs,
-            grammar=await server.grammar(structure),
-            vocab_size=server.text.vocab_size,
-        )
-        feed = server.feed(caller, [call.prompt], sampling, stream)
-        return await respond(http, feed, (lambda: call.chunks(feed)) if stream else None, lambda: call.whole(feed))
+        with server.admit(http, body.model, body.timeout, body.n or 1) as caller:
+            stream = fields.checked_stream(body)
+            _check(body)
+            structure = _structure(body)
+            filled = await server.text.beside(lambda: _filled(server, body))
+            text = await server.text.beside(lambda: prompt_text(server.renderer, body, filled))
+            [tokens] = await server.text.encode([text], special=False)
+            call = _Call(server, body, caller, server.text.check(tokens, "messages"), filled)
+            sampling = fields.sampling_options(
+                body,
+                max_tokens=body.max_completion_tokens or body.max_tokens,
+                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+                prompt_logprobs=body.prompt_logprobs,
+                grammar=await server.grammar(structure),
+                vocab_size=server.text.vocab_size,
+            )
+            feed = server.feed(caller, [call.prompt], sampling, stream)
+            return await respond(http, feed, (lambda: call.chunks(feed)) if stream else None, lambda: call.whole(feed))
 
     return routes

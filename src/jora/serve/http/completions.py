@@ -126,6 +126,12 @@ async def _prompts(server: Server, body: CompletionRequest) -> tuple[list[str], 
     return texts, prompts
 
 
+def _answers(body: CompletionRequest) -> int:
+    """How many sequences are asked for."""
+    several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
+    return (len(body.prompt) if several else 1) * (body.n or 1)
+
+
 def _check(body: CompletionRequest) -> None:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise invalid("best_of must equal n: answers are not ranked here", "best_of", "unsupported_parameter")
@@ -138,13 +144,13 @@ def router(server: Server) -> APIRouter:
 
     @routes.post("/v1/completions", response_model=Completion, responses=STREAMED)
     async def create_completion(body: CompletionRequest, http: HttpRequest) -> Response:
-        caller = server.admit(http, body.model, body.timeout)
-        stream = fields.checked_stream(body)
-        _check(body)
-        call = _Call(server, body, caller, *await _prompts(server, body))
-        grammar = await server.grammar(fields.structure(body, body.response_format))
-        feed = server.feed(caller, call.prompts, _sampling(call, grammar), stream)
-        return await respond(http, feed, (lambda: call.chunks(feed)) if stream else None, lambda: call.whole(feed))
+        with server.admit(http, body.model, body.timeout, _answers(body)) as caller:
+            stream = fields.checked_stream(body)
+            _check(body)
+            call = _Call(server, body, caller, *await _prompts(server, body))
+            grammar = await server.grammar(fields.structure(body, body.response_format))
+            feed = server.feed(caller, call.prompts, _sampling(call, grammar), stream)
+            return await respond(http, feed, (lambda: call.chunks(feed)) if stream else None, lambda: call.whole(feed))
 
     return routes
 

@@ -77,14 +77,18 @@ def _declared(scope: Scope) -> int:
 
 
 class RateLimiter:
-    """A token bucket a client: `client.rate` requests a second, and as many at once as a second brings (at least 1)."""
+    """A token bucket a client: `client.rate` requests a second, and as many at once as a second brings (at least 1).
+
+    Of one request for many answers each counts as a request. It is let in where there is room for one, as no rate
+    would ever have room for all of them, and what comes behind it waits until they are made up for.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._buckets: dict[str, tuple[float, float]] = {}  # client -> requests left, as of when
+        self._buckets: dict[str, tuple[float, float]] = {}  # client -> requests left (below 0: owed), as of when
 
-    def admit(self, client: Client) -> None:
-        """Count one request.
+    def admit(self, client: Client, count: int = 1) -> None:
+        """Count a request for so many answers.
 
         Raises:
             Rejected: there are too many; `retry_after` says when there is room for one.
@@ -97,4 +101,10 @@ class RateLimiter:
         if left < 1.0:
             self._buckets[client.name] = left, now
             raise Rejected(f"more than {client.rate:g} requests a second", (1.0 - left) / client.rate)
-        self._buckets[client.name] = left - 1.0, now
+        self._buckets[client.name] = left - count, now
+
+    def give_back(self, client: Client, count: int) -> None:
+        """Take back so many of what was counted."""
+        if client.rate is not None and client.name in self._buckets:
+            left, since = self._buckets[client.name]
+            self._buckets[client.name] = left + count, since

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
 
@@ -73,7 +74,7 @@ def serve(
     Args:
         app: from `create_app(server)`.
         bound: from `listen`.
-        drain: wait so many seconds for running requests; whether they all ended.
+        drain: wait so many seconds for what the engine runs; whether all of it ended.
         reporter: told of signals.
     """
     config = uvicorn.Config(
@@ -84,7 +85,16 @@ def serve(
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=FLUSH_SECONDS,
     )
-    _Uvicorn(config, server, lambda: drain(drain_seconds), reporter).run(sockets=[bound])
+    _Uvicorn(config, server, lambda: drained(server, drain, drain_seconds), reporter).run(sockets=[bound])
+
+
+async def drained(server: Server, drain: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
+    """Wait until all that was let in has ended, at most so long; whether that came true. See `serve` for `drain`."""
+    until = time.monotonic() + seconds
+    while server.open and time.monotonic() < until:
+        await asyncio.sleep(0.05)
+    # Nothing comes after these: what the engine has now is the last of it.
+    return not server.open and await drain(max(0.0, until - time.monotonic()))
 
 
 class _Uvicorn(uvicorn.Server):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastapi import Request as HttpRequest
@@ -15,7 +17,7 @@ from jora.errors import InputError
 from jora.serve.http.auth import Client, Keys
 from jora.serve.http.backend import AdapterInfo, Backend
 from jora.serve.http.documents import Retriever
-from jora.serve.http.errors import ApiError, invalid, unknown_model
+from jora.serve.http.errors import ApiError, as_api_error, invalid, unknown_model
 from jora.serve.http.limits import BODY_BYTES, RateLimiter
 from jora.serve.http.metrics import Metrics
 from jora.serve.http.prompting import Renderer
@@ -42,8 +44,9 @@ class Server:
     """A model behind HTTP.
 
     model: the base's name for clients. ready: set when the engine is warm. draining: set when no new requests are to
-    be taken; those that run go on. allow_adapter_loading: whether clients may load and unload adapters. body_bytes:
-    most bytes of a request's body.
+    be taken; those that run go on. open: requests that were let in and whose handlers have not ended. adapters: the
+    directory that they are served from. allow_adapter_loading: whether clients may load and unload adapters.
+    body_bytes: most bytes of a request's body.
     """
 
     backend: Backend
@@ -54,12 +57,14 @@ class Server:
     metrics: Metrics = field(default_factory=Metrics)
     rates: RateLimiter = field(default_factory=RateLimiter)
     retriever: Retriever | None = None
+    adapters: Path | None = None
     allow_adapter_loading: bool = False
     body_bytes: int = BODY_BYTES
     fingerprint: str = "jora"
     created: int = field(default_factory=lambda: int(time.time()))
     ready: bool = False
     draining: bool = False
+    open: int = 0
     renderer: Renderer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,8 +73,11 @@ class Server:
     def client(self, http: HttpRequest) -> Client:
         return self.keys.client(http.headers.get("authorization"))
 
-    def admit(self, http: HttpRequest, model: str, timeout: float | None = None) -> Caller:
-        """Let a request in: 401 or 403, 429 above the client's rate, 503 while draining or not ready."""
+    @contextmanager
+    def admit(self, http: HttpRequest, model: str, timeout: float | None = None, answers: int = 1) -> Iterator[Caller]:
+        """Let a request for so many answers in, until it is left: 401 or 403, 429 above the client's rate, 503 while
+        draining or not ready. A drain waits for it.
+        """
         client = self.client(http)
         if self.draining or not self.ready:
             state = "shutting down" if self.draining else "starting"
@@ -77,8 +85,26 @@ class Server:
         adapter = None if model == self.model else model
         if adapter is not None:
             client.check_adapter(adapter)
-        self.rates.admit(client)
-        return Caller(client, model, adapter, None if timeout is None else time.monotonic() + timeout)
+        self.rates.admit(client, answers)
+        with self.held_open():
+            try:
+                yield Caller(client, model, adapter, None if timeout is None else time.monotonic() + timeout)
+            except (ApiError, InputError) as error:
+                refused = as_api_error(error)
+                if refused is not None and refused.status < 500:  # there are no answers: it was one request
+                    self.rates.give_back(client, answers - 1)
+                raise
+
+    @contextmanager
+    def held_open(self) -> Iterator[None]:
+        """Count a request that was let in. From its admission on: what is tokenised is not the engine's work yet, and
+        a drain must wait for it. A stream's handler ends once it has begun, and the rest is the engine's work.
+        """
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
 
     async def adapter(self, name: str, client: Client) -> AdapterInfo:
         """An adapter that is served and that the client may use; else 404."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -61,28 +61,45 @@ class Replica:
             seconds: to its deadline.
             changes: those of its adapter, which this replica may have missed.
         """
-        self._check_engine()
         try:
-            await self._catch_up(changes)
-            deadline = None if seconds is None else time.monotonic() + seconds
-            request = replace(await self._with_grammar(request), deadline=deadline)
-            whole: dict[int, Event] = {}
-            listed = False
-            async with aclosing(self._engine.stream(request)) as events:
-                async for event in events:
-                    self._check_engine()
-                    if not listed and request.adapter is not None:
-                        await self._list(request.adapter)  # not before: clients may ask for any name
-                        listed = True
-                    if request.streamed:
-                        yield (event,)
-                    else:
-                        before = whole.get(event.index)
-                        whole[event.index] = event if before is None else joined(before, event)
-            if whole:
-                yield tuple(whole.values())
+            with self._while_it_runs():
+                await self._catch_up(changes)
+                deadline = None if seconds is None else time.monotonic() + seconds
+                request = replace(await self._with_grammar(request), deadline=deadline)
+                async with aclosing(self._answers(request)) as answers:
+                    async for events in answers:
+                        yield events
         except InputError as error:
             yield Refused.of(error)
+
+    async def _answers(self, request: Request) -> AsyncGenerator[tuple[Event, ...], None]:
+        whole: dict[int, Event] = {}
+        listed = False
+        async with aclosing(self._engine.stream(request)) as events:
+            async for event in events:
+                self._check_engine()
+                if not listed and request.adapter is not None:
+                    await self._list(request.adapter)  # not before: clients may ask for any name
+                    listed = True
+                if request.streamed:
+                    yield (event,)
+                else:
+                    before = whole.get(event.index)
+                    whole[event.index] = event if before is None else joined(before, event)
+        if whole:
+            yield tuple(whole.values())
+
+    @contextmanager
+    def _while_it_runs(self) -> Iterator[None]:
+        """Raises EngineLost where the engine has stopped, or stops: it tells those that come meanwhile by a
+        RuntimeError, which would be taken for a bug that another replica has too.
+        """
+        self._check_engine()
+        try:
+            yield
+        except RuntimeError:
+            self._check_engine()
+            raise
 
     def _check_engine(self) -> None:
         if self._engine.failure is not None:
@@ -122,23 +139,23 @@ class Replica:
         return info
 
     async def change(self, name: str, change: Change) -> AdapterInfo | Refused | None:
-        """Load (what it is then) or unload an adapter."""
-        self._check_engine()
+        """Load (what it is then) or unload an adapter. Raises EngineLost."""
         try:
-            async with self._changing:
-                return await self._apply(name, change)
+            with self._while_it_runs():
+                async with self._changing:
+                    return await self._apply(name, change)
         except InputError as error:
             return Refused.of(error)
 
     async def adapters(self, changes: Mapping[str, Change]) -> list[AdapterInfo]:
-        """All that are served."""
-        self._check_engine()
-        for name, change in changes.items():
-            try:
-                await self._catch_up({name: change})
-            except InputError as error:
-                logger.warning("a replica cannot serve what others do: %s", error)
-        return await self._engine.adapters()
+        """All that are served. Raises EngineLost."""
+        with self._while_it_runs():
+            for name, change in changes.items():
+                try:
+                    await self._catch_up({name: change})
+                except InputError as error:
+                    logger.warning("a replica cannot serve what others do: %s", error)
+            return await self._engine.adapters()
 
     async def facts(self) -> Facts:
         """What it serves, and in how much memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
@@ -18,17 +19,18 @@ from jora.serve.scheduling.tables import PageTables
 # Prompts in prefill at a time. One chunk is computed a step, so more would only settle earlier who goes next; fewer
 # would let a few long prompts hold up the short ones behind them.
 PREFILLING = 4
-LOOKED_AT = 256  # waiting sequences that one round looks at, at most: those that wait for adapters are passed over
+LOOKED_AT = 256  # waiting sequences that one round looks at in a queue, and of all that are set aside, at most
 PREFETCHED = 8  # waiting sequences, in the order of their turn, whose adapters are loaded early
 
 
 class Admission:
     """Rounds of admission, one sequence at a time.
 
-    The queue says whose turn it is. A sequence whose adapter is not in host memory yet, or whose next prompt block
-    another one is computing just now (then it will hit it; the answers of n > 1 are the usual case), is passed over
-    and keeps its place. The first that does not fit ends the round, so that nothing large starves. Preempted sequences
-    come before the queue.
+    The queue says whose turn it is. A sequence whose adapter is not in host memory yet, or whose soft prompt is not
+    made, is set aside and asked after in later rounds; however many there are, they hold up nobody, and each keeps its
+    place. One whose next prompt block another one is computing just now (then it will hit it; the answers of n > 1 are
+    the usual case) is passed over. The first that does not fit ends the round, so that nothing large starves. Preempted
+    sequences come before the queue.
 
     Within the queue that fairness has chosen: with an SLO and more coming than is served, the newest first (S-LoRA's
     early abort drops the others), else the oldest; with `cluster` adapters running, the first whose adapter runs,
@@ -60,10 +62,10 @@ class Admission:
         """Admit who fits: they have rows, resident adapters and the pages that the prefix cache holds for them."""
         self._prefetch()
         self._forecast: Forecast | None = None
-        self._looked_at = 0
+        self._looked_at: Counter[str] = Counter()  # by queue
         admitted: list[Sequence] = []
         for sequence in list(self._batch.preempted):
-            if not self._ready(sequence):
+            if not self._is_here(sequence) or self._is_being_computed(sequence):
                 continue
             if not self._place(sequence):
                 return admitted
@@ -77,6 +79,8 @@ class Admission:
     def _from_queue(self, now: float) -> list[Sequence]:
         admitted: list[Sequence] = []
         passed_over: list[str] = []
+        if self._has_row():
+            self._put_back()
         while self._has_row() and (name := self._queue.smallest()) is not None:
             sequence, overtaken = self._pick(name)
             if sequence is None:
@@ -101,22 +105,32 @@ class Admission:
     def _has_row(self) -> bool:
         return bool(self._batch.free_rows) and len(self._batch.prefilling) < PREFILLING
 
-    def _in_turn(self, name: str) -> Iterator[Sequence]:
-        queue = self._queue.waiting_of(name)
-        newest_first = self._options.slo is not None and self._load.overloaded
-        return reversed(queue) if newest_first else iter(queue)
+    def _put_back(self) -> None:
+        """Who waited for an adapter or a soft prompt that is here now takes its place again."""
+        for sequence in self._queue.some_aside(LOOKED_AT):
+            if self._is_here(sequence):
+                self._queue.put_back(sequence)
+
+    @property
+    def _newest_first(self) -> bool:
+        return self._options.slo is not None and self._load.overloaded
+
+    def _able(self, name: str) -> Iterator[Sequence]:
+        """The sequences of a queue that wait for nothing but their turn, as far as this round looks."""
+        left = LOOKED_AT - self._looked_at[name]
+        for sequence in list(islice(self._queue.ready_of(name, self._newest_first), left)):
+            self._looked_at[name] += 1
+            if not self._is_here(sequence):
+                self._queue.set_aside(sequence)
+            elif not self._is_being_computed(sequence):
+                yield sequence
 
     def _pick(self, name: str) -> tuple[Sequence | None, Sequence | None]:
         """The next sequence of this queue that could run now, and the one that it overtakes."""
         versions = self._batch.versions
         cluster = 0 < self._options.cluster <= len(versions)
         first: Sequence | None = None
-        for sequence in self._in_turn(name):
-            self._looked_at += 1
-            if self._looked_at > LOOKED_AT:
-                break
-            if not self._ready(sequence):
-                continue
+        for sequence in self._able(name):
             if not cluster or sequence.adapter is None or sequence.adapter in versions:
                 return sequence, first
             if first is None:
@@ -125,8 +139,8 @@ class Admission:
                     break
         return first, None
 
-    def _ready(self, sequence: Sequence) -> bool:
-        """Whether it waits for nothing but its turn."""
+    def _is_here(self, sequence: Sequence) -> bool:
+        """Whether its adapter is in host memory or the pool, and its soft prompt is made. Begins to load the former."""
         version = sequence.adapter
         if version is not None and version not in self._batch.versions:
             status = self._adapters.status(version)
@@ -139,7 +153,7 @@ class Admission:
             sequence.state = "loading"
             return False
         sequence.state = "waiting"
-        return not self._is_being_computed(sequence)
+        return True
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
         """Whether a prompt in prefill is about to compute a block that this one could hit.
@@ -222,7 +236,8 @@ class Admission:
     def _prefetch(self) -> None:
         names = list(islice(iter(self._queue.smallest, None), PREFETCHED))
         for name in names:
-            for sequence in islice(self._in_turn(name), PREFETCHED // len(names)):
+            waiting = self._queue.waiting_of(name, self._newest_first)
+            for sequence in islice(waiting, PREFETCHED // len(names)):
                 version = sequence.adapter
                 if version is not None and self._adapters.status(version) == "absent":
                     self._adapters.request(version)

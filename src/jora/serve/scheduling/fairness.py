@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
+from jora.serve.scheduling.line import Line
 from jora.serve.scheduling.sequence import Sequence
 
 INPUT_WEIGHT = 1.0  # of a computed prompt token; cached ones are not charged
@@ -19,6 +21,9 @@ class FairQueue:
     A counter is the service that the client had, divided by its weight. A client that comes to an empty own queue is
     lifted to the smallest counter of those who wait, or, where nobody waits, to that of the last client that left the
     queue: idle time earns nothing. Without `fair` all clients share one queue, first come, first served.
+
+    Who cannot run yet, whatever its turn, may be set aside. It waits like all others, for its client's counter too, and
+    has its place again when it is put back.
     """
 
     def __init__(self, fair: bool, weights: Mapping[str, float]):
@@ -26,7 +31,10 @@ class FairQueue:
         self._weights = weights
         self.counters: dict[str, float] = {}  # by queue: the client's name, "" where there is one queue
         self.service: dict[str, float] = {}  # by client: weighted tokens, not divided by its weight
-        self._queues: dict[str, deque[Sequence]] = {}
+        self.waiting: Counter[str] = Counter()  # sequences of each client that has any
+        self._queues: dict[str, Line] = {}
+        self._aside: OrderedDict[Sequence, None] = OrderedDict()  # of all queues; those last asked after at the end
+        self._next_arrival = 0
         self._running: Counter[str] = Counter()
         self._numbers: dict[str, int] = {}  # breaks ties: who came first
         self._heap: list[
@@ -41,29 +49,31 @@ class FairQueue:
         return self._size
 
     def __iter__(self) -> Iterator[Sequence]:
-        for queue in self._queues.values():
-            yield from queue
+        for line in self._queues.values():
+            yield from (*line.ready, *line.aside)
 
     def push(self, sequence: Sequence) -> None:
         """A new request arrives."""
         name = self._name(sequence)
         if name not in self._queues:
             self._lift(name)
-            self._queues[name] = deque()
+            self._queues[name] = Line()
             self.restore(name)
-        self._queues[name].append(sequence)
+        sequence.number, self._next_arrival = self._next_arrival, self._next_arrival + 1
+        self._queues[name].push(sequence)
+        self.waiting[sequence.client] += 1
         self._size += 1
 
     def remove(self, sequence: Sequence) -> None:
         """It is admitted, or gone."""
         name = self._name(sequence)
-        queue = self._queues[name]
-        if queue[0] is sequence:
-            queue.popleft()
-        else:
-            queue.remove(sequence)
+        self._queues[name].remove(sequence)
+        self._aside.pop(sequence, None)
         self._size -= 1
-        if not queue:
+        self.waiting[sequence.client] -= 1
+        if not self.waiting[sequence.client]:
+            del self.waiting[sequence.client]
+        if not self._queues[name]:
             del self._queues[name]
             self._last_left = name
 
@@ -85,9 +95,31 @@ class FairQueue:
             self._listed.add(name)
             heapq.heappush(self._heap, (self.counters[name], self._numbers[name], name))
 
-    def waiting_of(self, name: str) -> deque[Sequence]:
+    def waiting_of(self, name: str, newest_first: bool = False) -> Iterator[Sequence]:
         """The sequences of a queue that is not empty, in order of arrival."""
-        return self._queues[name]
+        return self._queues[name].in_turn(newest_first)
+
+    def ready_of(self, name: str, newest_first: bool = False) -> Iterator[Sequence]:
+        """Those of them that are not set aside."""
+        ready = self._queues[name].ready
+        return reversed(ready) if newest_first else iter(ready)
+
+    def set_aside(self, sequence: Sequence) -> None:
+        """It cannot run yet, whatever its turn."""
+        self._queues[self._name(sequence)].set_aside(sequence)
+        self._aside[sequence] = None
+
+    def put_back(self, sequence: Sequence) -> None:
+        """One that was set aside can run now."""
+        self._queues[self._name(sequence)].put_back(sequence)
+        del self._aside[sequence]
+
+    def some_aside(self, most: int) -> list[Sequence]:
+        """Of those that are set aside so many at most, and others the next time: everyone's turn comes."""
+        found = list(islice(self._aside, most))
+        for sequence in found:
+            self._aside.move_to_end(sequence)
+        return found
 
     def charge_input(self, sequence: Sequence) -> None:
         """At its first admission: for the prompt tokens that are computed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 
@@ -47,6 +48,12 @@ class Footprint:
     def most(self, sequence: Sequence) -> int:
         """Pages that a sequence can need at once in all its life. One token more than it can have, as the forecast."""
         return int(self.prefilling(np.asarray(sequence.limit + 1)))
+
+    def longest(self, pages: int, most: int) -> int:
+        """Positions, up to `most`, of the longest sequence that so many pages always hold."""
+        if self.prefilling(np.asarray(most)) <= pages:
+            return most
+        return bisect_right(range(1, most + 1), pages, key=lambda n: int(self.prefilling(np.asarray(n))))
 
     def now(self, sequence: Sequence) -> int:
         """Pages with which all that the host knows of it is computed, and its next token."""

@@ -1,16 +1,28 @@
-"""Requests that come too late or too many: deadlines, early abort by SLO, and when to try again."""
+"""Requests that come too late or too many: deadlines, early abort by SLO, a full queue, and when to try again."""
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from jora.serve.scheduling.sequence import Sequence
 
 NEW, OLD = 0.7, 0.3  # S-LoRA's weights of its moving averages
 RECENT = 64  # ends that the service rate is measured over
+QUEUES = 2  # the waiting sequences of all clients are at most so many times `max_queue`, whoever asks
 LEAST_RETRY, MOST_RETRY = 1.0, 60.0  # seconds
+
+
+def has_its_share(client: str, waiting: Mapping[str, int], most: int) -> bool:
+    """Whether a queue of `most` sequences, which is full, has no place for one more of this client.
+
+    One client may fill the queue, but not against the others: each may still have its even share of `most`, until
+    there are `QUEUES` times as many. waiting: sequences, by client.
+    """
+    if sum(waiting.values()) >= QUEUES * most:
+        return True
+    return waiting.get(client, 0) * len(waiting.keys() | {client}) >= most
 
 
 class Deadlines:

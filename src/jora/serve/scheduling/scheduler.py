@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 from jora.errors import InputError
@@ -14,12 +15,14 @@ from jora.serve.scheduling.admission import Admission
 from jora.serve.scheduling.batch import Batch, admission_order
 from jora.serve.scheduling.fairness import FairQueue
 from jora.serve.scheduling.forecast import Footprint
-from jora.serve.scheduling.overload import Deadlines, Load
+from jora.serve.scheduling.overload import Deadlines, Load, has_its_share
 from jora.serve.scheduling.plan import AdapterResidency, Chunk, Plan
 from jora.serve.scheduling.sequence import AdapterVersion, Sequence
 from jora.serve.scheduling.tables import PageTables
 
 __all__ = ["AdapterResidency", "Chunk", "Plan", "Scheduler"]
+
+REMEMBERED = 4096  # names of unloaded adapters, the latest
 
 
 class Scheduler:
@@ -57,7 +60,7 @@ class Scheduler:
         self._admission = Admission(
             options, pages, self._tables, self._footprint, adapters, self._queue, self._batch, self._load
         )
-        self._dropped: dict[str, int] = {}  # the latest version of each name that was unloaded
+        self._dropped: OrderedDict[str, int] = OrderedDict()  # of names that were unloaded, their latest version
         self._oldest_next = True  # whose turn the next chunk is
 
     @property
@@ -83,17 +86,18 @@ class Scheduler:
     def submit(self, sequence: Sequence) -> None:
         """Put a new sequence in the queue; its arrival is now.
 
-        Raises InputError for one that would not fit the pool alone, and Rejected while the queue is full.
+        Raises InputError for one that would not fit the pool alone, and Rejected while the queue is full and its client
+        has its share of it.
         """
         now = self._clock()
-        adapter_pages = self._adapters.pages_needed(sequence.adapter) if sequence.adapter is not None else 0
-        need = self._footprint.most(sequence) + adapter_pages
+        need = self._footprint.most(sequence) + self._adapter_pages(sequence.adapter)
         if need > (pool := self._pages.total - 1):
             raise InputError(
                 f"request {sequence.request.id} needs up to {need} pages and the pool has {pool}: "
                 "ask for fewer tokens, or serve with a larger pool"
             )
-        if self.waiting_count >= self._options.max_queue:
+        full = self.waiting_count >= self._options.max_queue
+        if full and has_its_share(sequence.client, self._waiting(), self._options.max_queue):
             raise Rejected(
                 f"the queue is full ({self._options.max_queue} requests); try again later",
                 self._load.retry_after(self.waiting_count, now),
@@ -104,6 +108,17 @@ class Scheduler:
         self._load.arrived()
         self._deadlines.watch(sequence)
         self._queue.push(sequence)
+
+    def _waiting(self) -> Counter[str]:
+        """`waiting_count` by client."""
+        return self._queue.waiting + Counter(s.client for s in self._batch.preempted)
+
+    def longest(self, adapter: AdapterVersion | None, most: int) -> int:
+        """Positions, up to `most`, of the longest sequence that the pool holds beside its adapter."""
+        return self._footprint.longest(self._pages.total - 1 - self._adapter_pages(adapter), most)
+
+    def _adapter_pages(self, adapter: AdapterVersion | None) -> int:
+        return 0 if adapter is None else self._adapters.pages_needed(adapter)
 
     def plan(self) -> Plan:
         """The next step: who decodes, which chunk is computed, and who came, went or must begin again."""
@@ -155,7 +170,9 @@ class Scheduler:
 
     def drop_adapter(self, version: AdapterVersion) -> None:
         """An adapter was unloaded or replaced: no prompt hits its blocks any more. Those who have it go on with it."""
-        self._dropped[version.name] = max(version.version, self._dropped.get(version.name, -1))
+        self._dropped[version.name] = max(version.version, self._dropped.pop(version.name, -1))
+        if len(self._dropped) > REMEMBERED:
+            self._dropped.popitem(last=False)
         for sequence in (*self._queue, *self._batch.preempted, *self._batch.active):
             if sequence.adapter == version:
                 sequence.cacheable = False

@@ -36,6 +36,7 @@ class Sequence:
     prefix_slots: int = 0
     salt: bytes = b""
     arrival: float = 0.0
+    number: int = 0  # of its arrival: its place in the queue
     tokens: list[int] = field(default_factory=list)
     prompt_length: int = 0
     computed: int = 0  # positions whose keys and values are in the pool, by dispatch
