@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -95,6 +96,8 @@ def test_a_method_may_come_from_a_file(outside, tmp_path: Path):
     assert options.training.seed == 9
     values = {"model": "m", "data": "d", "out": "o", "method": "outside", "patterns": {"a": 2}, "layers": None}
     assert read_values(train_command.Options, values, "here").build_method() == Outside(patterns={"a": 2.0})
+    values |= {"patterns": {}, "rows": [1, 2]}
+    assert read_values(train_command.Options, values, "here").build_method() == Outside(rows=(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,8 @@ def test_a_method_may_come_from_a_file(outside, tmp_path: Path):
         (["--method", "outside", "--kind", "tiny"], ["--kind", "'tiny'", "'small', 'large'"]),
         (["--method", "outside", "--size", "0"], ["outside: size must be at least 1"]),
         (["--method", "outside", "--rows=[1"], ["--rows"]),
+        (["--method", "outside", '--layers=["1"]'], ["--layers", "1"]),
+        (["--method", "outside", '--rows={"x": ["1"]}'], ["--rows", "1"]),
     ],
 )
 def test_a_mistake_is_named(outside, argv, words):
@@ -114,6 +119,35 @@ def test_a_mistake_is_named(outside, argv, words):
         method(*argv)
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layers_to_transform": ["a"]}, "here: layers_to_transform: 'a' is not a whole number"),
+        ({"layers_to_transform": [1, "0"]}, "here: layers_to_transform: '0' is not a whole number"),
+        ({"layers_to_transform": [True]}, "here: layers_to_transform: True is not a whole number"),
+        ({"targets": ["q_proj", 1]}, "here: targets: 1 is not text"),
+        ({"method": "flora", "targets": [None, "q_proj"]}, "here: targets: None is not text"),
+        ({"targets": [date(2026, 1, 1)]}, r"here: targets: datetime.date\(2026, 1, 1\) is not text"),
+        ({"trainable_token_indices": {"lm_head": [2.5]}}, "here: trainable_token_indices: 2.5 is not a whole number"),
+        ({"trainable_token_indices": {"lm_head": 2}}, "here: trainable_token_indices: 'lm_head': 2 is not a list"),
+    ],
+)
+def test_an_item_of_a_list_in_a_file_has_its_type(values, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        read_values(train_command.Options, {"model": "m", "data": "d", "out": "o", **values}, "here")
+
+
+@pytest.mark.parametrize("name", ["lora", "nola", "flora", "vera", "ia3", "full"])
+def test_a_method_checks_what_its_choices_hold(name):
+    option = "weights" if name == "full" else "targets"
+    with pytest.raises(InputError, match=f"{option}: 1 is not a module's name"):
+        registry.method_class(name)(**{option: ["q_proj", 1]})
+    if name not in ("ia3", "full"):
+        for layers in (["0"], "0", [True]):
+            with pytest.raises(InputError, match=r"layers_to_transform: .* is not the number of a layer"):
+                registry.method_class(name)(layers_to_transform=layers)
 
 
 def test_an_option_of_another_method_in_a_file_is_named(outside):

@@ -79,6 +79,12 @@ def test_null_and_empty_file(config):
     assert read("--model", "m", "--config", config("# nothing\n")).model == "m"
 
 
+@pytest.mark.parametrize("words", [["--config=~/run.yaml"], ["--config", "~/run.yaml"]])
+def test_a_tilde_is_the_home_directory(config, monkeypatch, words):
+    monkeypatch.setenv("HOME", str(Path(config("model: m\n")).parent))
+    assert read(*words).model == "m"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

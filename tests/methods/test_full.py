@@ -132,8 +132,8 @@ def test_galore_trains_as_galore_torch_does(fixed_signs: None, tmp_path: Path) -
     original = reference.state_dict()
     for name, value in theirs.state_dict().items():
         moved = (value - original[name]).abs().max().item()
-        np.testing.assert_allclose(saved[name], value, rtol=0, atol=0.01 * moved, err_msg=name)
-        assert moved > 0.002, name
+        np.testing.assert_allclose(saved[name], value, rtol=0, atol=0.02 * moved, err_msg=name)
+        assert moved > 0.01, name
 
 
 def test_chosen_weights_train_and_others_do_not(tmp_path: Path) -> None:

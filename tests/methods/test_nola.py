@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.inference.characters import talking
 from tests.methods.peft_oracle import base
 from tests.tiny import VOCAB, tokens
 
 import jora
+from jora.data.formats import parse_example
+from jora.inference import evaluate as evaluation
+from jora.inference import generate as generation
 from jora.kernels.counter_hash import fold_all
 from jora.kernels.random_basis import basis, basis_keys, uniform
 from jora.methods.lora import LoRA
@@ -182,6 +188,39 @@ def test_only_chosen_layers_change() -> None:
     lora = method.to_lora(adapter).state.trained["q_proj"]
     for ours, theirs in ((bound.a, lora["a"]), (bound.b, lora["b"])):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_generation_and_evaluation_draw_the_bases_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their programs are those of the factors; tokens and loss are those of programs that draw."""
+    model = talking("llama3", tmp_path)[1]
+    adapter = random_nola(model, METHOD)
+    traced: list[Any] = []
+
+    def watch(module: Any, name: str, **options: Any) -> None:
+        program = jax.jit(getattr(module, name).__wrapped__, compiler_options=FAST, **options)
+
+        def run(*args: Any, **named: Any) -> Any:
+            traced.append(program.trace(*args, **named))
+            return program(*args, **named)
+
+        monkeypatch.setattr(module, name, run)
+
+    watch(generation, "prefill", static_argnames=("program", "slots"))
+    watch(generation, "decode", static_argnames="program", donate_argnames="stream")
+    watch(evaluation, "_answer_nll", static_argnames="program")
+    examples = [parse_example({"prompt": p, "completion": "cd"}, p) for p in ("ab", "abc")]
+    found = evaluation.evaluate(model, examples, adapter, max_new_tokens=6)  # it generates too
+    assert len(traced) == 3 and not any(drawn(each) for each in traced)
+    monkeypatch.setattr(NOLA, "for_inference", lambda self, adapter: adapter)
+    expected = evaluation.evaluate(model, examples, adapter, max_new_tokens=6)
+    assert len(traced) == 6 and all(drawn(each) for each in traced[3:])
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert [row.prediction for row in found.rows] == [row.prediction for row in expected.rows]
+
+
+def drawn(traced: Any) -> bool:
+    """Whether a program draws bases: it takes the top byte of a word of the hash, as nothing else does."""
+    return re.search(r"shift_right_logical \w+ 24:u32", str(traced.jaxpr)) is not None
 
 
 SHAPES = {

@@ -36,6 +36,7 @@ from jora.train.memory import ProgramMemory
 # bitsandbytes' CPU library reads rows that are shorter than a block wrongly: these are whole blocks.
 WIDE: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, head_dim=16)
 KINDS = ("int8", "nf4")
+FAST = {"xla_backend_optimization_level": "0"}
 
 
 def wide(family: str) -> tuple[Any, str]:
@@ -178,13 +179,32 @@ def changed(adapter: Adapter) -> Adapter:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "mesh"), [("LoRA", None), ("DoRA", "fsdp=2,tensor=2")])
-def test_adapters_on_quantised_weights(name: str, mesh: str | None, tmp_path_factory: pytest.TempPathFactory) -> None:
+def adapted(method: Any, kind: str = "nf4", mesh: str | None = None, *, slow: bool = True) -> Any:
+    return pytest.param(method, kind, mesh, id=f"{method.name}-{kind}", marks=pytest.mark.slow if slow else ())
+
+
+ADAPTED = [
+    adapted(LoRA(rank=2)),
+    adapted(jora.DoRA(rank=2), mesh="fsdp=2,tensor=2"),
+    adapted(jora.NOLA(rank=2, bases=5)),
+    adapted(jora.PerHeadLoRA(rank=2)),
+    adapted(jora.VeRA(rank=8)),
+    # Methods that ask for more than the base's product, for it alone, and the other kind of weight.
+    adapted(jora.FLoRA(rank=2, targets="all-linear"), slow=False),
+    adapted(jora.IA3(), slow=False),
+    adapted(LoRA(rank=2), "int8", slow=False),
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "mesh"), ADAPTED)
+def test_adapters_on_quantised_weights(
+    method: Any, kind: Any, mesh: str | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Logits and gradients are those on the dense weights that the quantised ones stand for."""
-    twin = dense_twin(tmp_path_factory.getbasetemp() / "twin", "nf4")
-    model = load_model(wide("llama3")[1], quant="nf4", mesh=mesh)
-    adapter = changed(getattr(jora, name)(rank=2).init(twin, jax.random.key(0)))
+    twin = dense_twin(tmp_path_factory.getbasetemp() / f"twin-{kind}", kind)
+    model = load_model(wide("llama3")[1], quant=kind, mesh=mesh)
+    assert model.quant == kind and twin.quant is None
+    adapter = changed(method.init(twin, jax.random.key(0)))
     found, expected = (loss_and_gradient(each, adapter) for each in (model, twin))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(np.abs(theirs).max()))
@@ -202,7 +222,7 @@ def loss_and_gradient(model: Any, adapter: Adapter) -> Any:
             copied(tokens(4, 9), Adapter(adapter.method, State(trained, state.constant), model.config)) * weights
         )
 
-    return jax.jit(jax.value_and_grad(loss))(state.trained, model.params)
+    return jax.jit(jax.value_and_grad(loss), compiler_options=FAST)(state.trained, model.params)
 
 
 def test_merging_makes_dense_rows(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from jora.methods.full import Full
 from jora.models.families import config_from_hf
 from jora.models.head import Answers
 from jora.models.model import Model, load_model
+from jora.models.tensors import linear_shape
+from jora.optim.projection import Side
 from jora.sharding import single_device
 from jora.train import TrainOptions
 from jora.train.estimation import abstract_programs
@@ -118,6 +120,49 @@ def test_accumulation_projects_every_micro_batch_by_the_first_ones_vectors(model
             rows = mean[layer].reshape(4, -1) if mean.shape[1] == 4 else mean[layer].reshape(-1, 4).T
             signs = np.sign((r * rows).sum(1, keepdims=True))
             np.testing.assert_allclose(rows, signs * r, atol=1e-3 * np.abs(r).max(), err_msg=f"{target} {layer}")
+
+
+def first_means(state: Any) -> Any:
+    """Of the first step: a tenth of the gradients as the optimiser was given them."""
+    moments = state.optimizer
+    return moments.embed.mu, moments.layers.inner.mu, moments.output.mu
+
+
+def test_accumulated_gradients_are_clipped_by_their_projected_norm(model: Model) -> None:
+    free, (expected,) = run(model, 2, 1, optimizer="galore", max_grad_norm=0.0, layerwise=True)
+    clipped, (found,) = run(model, 2, 1, optimizer="galore", max_grad_norm=0.05, layerwise=True, clip_projected=True)
+    assert found == pytest.approx(expected)
+    scale = 0.05 / found["grad_norm"]
+    assert scale < 0.5
+    assert_equal(first_means(clipped), jax.tree.map(lambda mean: mean * scale, first_means(free)), 1e-7)
+    assert squared(first_means(clipped)) == pytest.approx((0.1 * 0.05) ** 2, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_at_full_rank_accumulated_gradients_are_clipped_as_in_the_ordinary_step(model: Model) -> None:
+    """Where P is square the projected norm is the exact one, and P R the gradient."""
+    whole: dict[str, Any] = dict(optimizer="galore", galore_rank=32, max_grad_norm=0.1)
+    ordinary, (expected,) = run(model, 2, 1, **whole)
+    layerwise, (found,) = run(model, 2, 1, layerwise=True, clip_projected=True, **whole)
+    assert expected["grad_norm"] > 0.2
+    assert found == pytest.approx(expected, rel=1e-5)
+    for group in ("embed", "output"):  # what is not projected: all of the update
+        assert_equal(getattr(layerwise.optimizer, group), getattr(ordinary.optimizer, group), 1e-7)
+    ours, theirs = layerwise.trained, ordinary.trained
+    assert_equal(
+        (ours.embed, ours.final_norm, ours.layers.norms), (theirs.embed, theirs.final_norm, theirs.layers.norms), 1e-6
+    )
+    for target, matrix in model.params.layers.weights.items():
+        side = Side(matrix.shape[1:], len(linear_shape(model.config, target).in_shape), 32)
+        grown = [
+            jax.vmap(side.expand)(state.projectors[f"weights.{target}"], state.inner.mu.weights[target])
+            for state in (layerwise.optimizer.layers, ordinary.optimizer.layers)
+        ]
+        np.testing.assert_allclose(*grown, atol=1e-6 * float(jnp.abs(grown[1]).max()) + 1e-8, err_msg=target)
+
+
+def squared(tree: Any) -> float:
+    return float(sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(tree)))
 
 
 def test_the_projected_norm_is_below_the_exact_one(model: Model, clipped: tuple[Any, list[Any]]) -> None:

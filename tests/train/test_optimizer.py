@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,7 +17,14 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from jora.train.optimizer import learning_rate, make_optimizer
+from jora.methods.full import Full
+from jora.models.families import config_from_hf
+from jora.models.params import abstract_params
+from jora.optim import projection
+from jora.optim.model import ModelOptimizer
+from jora.optim.stacked import init_stacked
+from jora.sharding import single_device
+from jora.train.optimizer import learning_rate, make_optimizer, optimizer_for
 from jora.train.options import TrainOptions
 
 STEPS = 20
@@ -68,3 +77,53 @@ def test_equal_options_share_one_optimizer() -> None:
     # It is a static argument of the train step: another object would compile everything again.
     assert make_optimizer(TrainOptions(seed=1, epochs=2), 7) is make_optimizer(TrainOptions(seed=2, epochs=3), 7)
     assert make_optimizer(TrainOptions(), 7) is not make_optimizer(TrainOptions(), 8)
+
+
+CONFIG = config_from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "intermediate_size": 24,
+    }
+)
+
+
+@pytest.mark.parametrize("stagger", [True, False])
+def test_galore_spreads_the_refreshes_of_all_matrices(stagger: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After step 0 no step renews more than its share of the 21 matrices, and T steps renew each once."""
+    # Which are due is the question: a decomposition would only take time to compile.
+    monkeypatch.setattr(projection, "leading_vectors", lambda matrix, rank, *_: matrix[:, :rank])
+    every, matrices = 4, 21
+    options = TrainOptions(
+        optimizer="galore", galore_rank=2, galore_refresh=every, galore_svd="exact", galore_stagger=stagger
+    )
+    shapes = abstract_params(CONFIG, single_device(), jnp.float32)
+    optimizer = optimizer_for(Full(), options, 10, CONFIG, single_device(), shapes)
+    assert isinstance(optimizer, ModelOptimizer)
+    draw, refreshed = np.random.default_rng(0), jax.jit(jax.vmap(optimizer.layer.refresh))
+
+    def drawn() -> Any:
+        return jax.tree.map(lambda x: draw.standard_normal(x.shape).astype(np.float32), shapes.layers)
+
+    state, renewed = jax.jit(partial(init_stacked, optimizer.layer))(drawn()), []
+    for _ in range(2 * every + 1):
+        before = state.projectors
+        state = refreshed(drawn(), state)
+        pairs = zip(before.values(), state.projectors.values(), strict=True)
+        renewed.append(sum(int(np.any(old != new, axis=(1, 2)).sum()) for old, new in flattened(pairs)))
+        state = state._replace(step=state.step + 1)
+    assert renewed[0] == matrices
+    if stagger:
+        assert max(renewed[1:]) <= -(-matrices // every)
+        assert sum(renewed[1 : every + 1]) == sum(renewed[every + 1 :]) == matrices
+    else:
+        assert renewed[1:] == [0, 0, 0, matrices] * 2
+
+
+def flattened(pairs: Any) -> Any:
+    """Projectors of all layers as [layers, side, rank]."""
+    for pair in pairs:
+        yield tuple(np.asarray(p, np.float32).reshape(p.shape[0], -1, p.shape[-1]) for p in pair)

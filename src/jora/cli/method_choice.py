@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import tyro
 
-from jora.cli.options import JSON_LIST, JSON_OBJECT, CommandOptions, option_names
+from jora.cli.options import CommandOptions, json_list, json_object, option_names
 
 if TYPE_CHECKING:
     from jora.methods.method import Method
@@ -134,12 +134,12 @@ def _in_words(hint: Any) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         item = _one_or_many(hint)
-        json = [Annotated[tuple[item, ...], JSON_LIST]] if item else []  # type: ignore[valid-type]
+        json = [Annotated[tuple[item, ...], json_list(item)]] if item else []  # type: ignore[valid-type]
         return typing.Union[(*json, *map(_in_words, inner))]  # made of a list
     if origin is collections.abc.Sequence:
         return tuple[inner[0], ...]  # type: ignore[valid-type]
     if origin is collections.abc.Mapping and typing.get_origin(inner[1]) is collections.abc.Sequence:
-        return Annotated[hint, JSON_OBJECT]
+        return Annotated[hint, json_object(typing.get_args(inner[1])[0])]
     return hint
 
 

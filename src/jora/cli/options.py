@@ -40,26 +40,57 @@ class CommandOptions:
 OptionsT = TypeVar("OptionsT", bound=CommandOptions)
 
 
-def _json(kind: type, metavar: str) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+@dataclasses.dataclass(frozen=True)
+class _Json(tyro.constructors.PrimitiveConstructorSpec[Any]):
+    """A value that words cannot tell: a list of one beside the one itself, or lists by name."""
+
+    kind: type = list
+    item: type = str
+
+    def wrong(self, value: Any) -> str | None:
+        """What about a value of `kind` does not fit."""
+        lists = value if isinstance(value, dict) else {"": value}
+        for name, items in lists.items():
+            if not isinstance(name, str) or not isinstance(items, list):
+                return f"{name!r}: {items!r} is not a list by name"
+            for item in items:
+                if not isinstance(item, self.item) or isinstance(item, bool):
+                    return f"{item!r} is not {_ITEMS.get(self.item, self.item.__name__)}"
+        return None
+
+
+_ITEMS: dict[type, str] = {int: "a whole number", str: "text"}
+
+
+def _json(kind: type, item: type, metavar: str) -> _Json:
     def read(words: list[str]) -> Any:
         value: Any = json.loads(words[0])  # its error is a ValueError, as tyro wants it
         if not isinstance(value, kind):
             raise ValueError(f"{words[0]!r} is not a JSON {metavar}")
+        if wrong := made.wrong(value):
+            raise ValueError(wrong)
         return tuple(value) if isinstance(value, list) else value
 
     # No default is shown in this form: there is always a plainer one.
-    return tyro.constructors.PrimitiveConstructorSpec(1, metavar, read, lambda value: False, lambda value: [str(value)])
+    made = _Json(1, metavar, read, lambda value: False, lambda value: [str(value)], kind=kind, item=item)
+    return made
 
 
-# For values that words cannot tell: a list of one beside the one itself, and lists by name.
-JSON_LIST, JSON_OBJECT = _json(list, "LIST"), _json(dict, "OBJECT")
+def json_list(item: type) -> _Json:
+    """How a list of such items is read where it stands beside one of them."""
+    return _json(list, item, "LIST")
+
+
+def json_object(item: type) -> _Json:
+    """How lists of such items by name are read."""
+    return _json(dict, item, "OBJECT")
 
 
 class _Option(typing.NamedTuple):
     is_bool: bool
     required: bool
     positional: bool
-    json: bool  # a list or an object may stand as JSON
+    json: tuple[_Json, ...]  # what may stand as JSON
 
 
 def _options_of(cls: type) -> dict[str, _Option]:
@@ -74,8 +105,8 @@ def _options_of(cls: type) -> dict[str, _Option]:
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         marks = _marks(marked[field.name])
-        takes_json = JSON_LIST in marks or JSON_OBJECT in marks
-        found[field.name] = _Option(hint is bool, required, tyro.conf.Positional in marks, takes_json)
+        as_json = tuple(mark for mark in marks if isinstance(mark, _Json))
+        found[field.name] = _Option(hint is bool, required, tyro.conf.Positional in marks, as_json)
     return found
 
 
@@ -155,8 +186,11 @@ def _words(name: str, value: Any, option: _Option, where: str) -> list[str]:
         if not isinstance(value, bool):
             raise InputError(f"{where}: {name} is true or false, not {value!r}")
         return [flag if value else _flag(f"no_{name}")]
-    if option.json and isinstance(value, list | Mapping):
-        return [f"{flag}={json.dumps(value)}"]
+    for form in option.json:
+        if isinstance(value, form.kind):
+            if wrong := form.wrong(value):
+                raise InputError(f"{where}: {name}: {wrong}")
+            return [f"{flag}={json.dumps(value)}"]
     if isinstance(value, Mapping):
         return [flag, *(str(word) for pair in value.items() for word in pair)]
     if isinstance(value, list):
@@ -203,7 +237,7 @@ def read_options(cls: type[OptionsT], argv: Sequence[str], prog: str) -> Options
     if "--help" in argv or "-h" in argv:
         tyro.cli(cls.completed(lambda name: _last_value(argv, name)), prog=prog, args=["--help"])
     config = _last_value(argv, "config")
-    path = None if config is None else Path(config)
+    path = None if config is None else Path(config).expanduser()
     values = read_yaml(path, f"--config {path}") if path else {}
     cls = cls.completed(lambda name: _last_value(argv, name) or _text(values.get(name)))
     known = _options_of(cls)

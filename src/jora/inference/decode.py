@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jora.inference.sampling import Sampling, is_one_of, sample
-from jora.methods.method import State
+from jora.methods.method import Adapter, State
 from jora.models import decoder, head
 from jora.models.adapted import BASE, Bound, Rows
 from jora.models.cache import Cache, new_cache
 from jora.models.config import ModelConfig
+from jora.models.model import Model
 from jora.models.params import Params
 from jora.sharding import Layout
 
@@ -110,6 +111,12 @@ def decode(
     out = jnp.full((stream.last.shape[0], RUN), NOTHING, jnp.int32)
     _, stream, out = jax.lax.while_loop(wanted, step_once, (jnp.int32(0), stream, out))
     return stream, out
+
+
+def ready(model: Model, adapter: Adapter | None) -> Adapter | None:
+    """The adapter as all programs of a call use it. Raises InputError where it was made for another model."""
+    method, _ = model.parts_of(adapter)
+    return adapter if method is None else method.for_inference(adapter)
 
 
 def bind(program: Program, state: State | None, instance: Float[Array, "b h"] | None = None) -> tuple[Bound, Rows]:

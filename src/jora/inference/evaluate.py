@@ -20,8 +20,8 @@ from jora.data.chat import Template, fill_documents, tokenise_example
 from jora.data.formats import Example, read_examples
 from jora.data.tokenise import tokenise_prompt
 from jora.errors import InputError
-from jora.files import atomic_write
-from jora.inference.decode import Program, bind, weights
+from jora.files import atomic_write, check_no_directory
+from jora.inference.decode import Program, bind, ready, weights
 from jora.inference.generate import answer_texts
 from jora.inference.metrics import score
 from jora.methods.method import Adapter, State
@@ -110,9 +110,12 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, found {limit}")
+    if out is not None:
+        check_no_directory(out)
     whole = list(data) if isinstance(data, Sequence) and not isinstance(data, str) else read_examples(data)
     examples = whole[:limit]
     template = Template(model.tokenizer)
+    adapter = ready(model, adapter)
     longest = min(max_length or model.config.max_positions, model.config.max_positions)
     if adapter is not None:
         longest -= adapter.method.prompt_slots

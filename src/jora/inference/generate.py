@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int32
 from jora.data.chat import Template, fill_documents, tokenise_example
 from jora.data.formats import Example, Message, parse_example
 from jora.errors import InputError
-from jora.inference.decode import NOTHING, RUN, Program, decode, prefill
+from jora.inference.decode import NOTHING, RUN, Program, decode, prefill, ready
 from jora.inference.sampling import Sampling, sampling_rows
 from jora.methods.method import Adapter, State
 from jora.models.model import Model
@@ -165,7 +165,7 @@ def generate_tokens(
     ends: tokens that end a row (default: `end_tokens(model)`). stopped: a function of a row's new tokens
     so far; a row for which it returns True gets no more.
     """
-    method, state = model.parts_of(adapter)
+    method, state = model.parts_of(ready(model, adapter))
     reserved = 0 if method is None else method.prompt_slots
     _check(model, prompts, max_new_tokens, batch_size, reserved)
     if not prompts:

@@ -27,6 +27,7 @@ from jora.kernels.hadamard import hadamard_product
 from jora.methods.layer_sites import layer_masks, layer_sites
 from jora.methods.lora import check_rank, site_shape
 from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
+from jora.methods.targets import checked_choice
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
 
@@ -89,9 +90,8 @@ class FLoRA(Method):
 
     def __post_init__(self) -> None:
         for option in ("targets", "exclude_modules", "layers_to_transform"):
-            value = getattr(self, option)
-            if isinstance(value, list | tuple | set):
-                object.__setattr__(self, option, tuple(sorted(value)))
+            value = checked_choice(option, getattr(self, option))
+            object.__setattr__(self, option, tuple(sorted(value)) if isinstance(value, tuple) else value)
         if self.rank < 1:
             raise InputError(f"flora: rank must be at least 1, found {self.rank}")
 

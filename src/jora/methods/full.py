@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from jora.errors import InputError
 from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
+from jora.methods.targets import checked_choice
 from jora.models.adapted import BASE, Bound, Rows
 from jora.models.config import LINEARS, ModelConfig
 from jora.models.loading import fingerprint
@@ -47,7 +48,7 @@ class Full(Method):
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, str):
-            chosen = tuple(sorted(self.weights))
+            chosen = tuple(sorted(checked_choice("weights", self.weights)))
             object.__setattr__(self, "weights", chosen[0] if chosen in (("all",), ("all-linear",)) else chosen)
         for name in self._groups():
             if name not in GROUPS:

@@ -19,7 +19,7 @@ from jora.errors import InputError
 from jora.methods.layer_sites import layer_masks, layer_sites
 from jora.methods.lora import site_shape
 from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
-from jora.methods.targets import as_names, full_match
+from jora.methods.targets import as_names, checked_choice, full_match
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
 from jora.models.tensors import linear_shape
@@ -68,9 +68,8 @@ class IA3(Method):
 
     def __post_init__(self) -> None:
         for option in ("targets", "feedforward_modules", "exclude_modules"):
-            value = getattr(self, option)
-            if not isinstance(value, str):
-                object.__setattr__(self, option, tuple(sorted(value)))
+            value = checked_choice(option, getattr(self, option))
+            object.__setattr__(self, option, tuple(sorted(value)) if isinstance(value, tuple) else value)
 
     def chosen(self, config: ModelConfig) -> dict[str, tuple[str, int]]:
         """The adapted modules: {module name: (target, layer)}."""

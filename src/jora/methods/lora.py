@@ -34,7 +34,7 @@ from jora.methods.extras.both import (
 from jora.methods.extras.tokens import canonical
 from jora.methods.initial import first_embedding, first_factors
 from jora.methods.method import Adapter, Method, ModuleSite, RowsMerger, State
-from jora.methods.targets import EMBED, HEAD, Frozen, pattern_value, select
+from jora.methods.targets import EMBED, HEAD, Frozen, checked_choice, pattern_value, select
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
 from jora.models.params import Params
@@ -119,10 +119,8 @@ class LoRA(Method):
         for option in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, option, Frozen(getattr(self, option)))
         for option in ("targets", "exclude_modules", "layers_to_transform"):
-            value = getattr(self, option)
-            if isinstance(value, list | tuple | set):
-                object.__setattr__(self, option, tuple(sorted(value) if isinstance(value, set) else value))
-        saved = self.modules_to_save
+            object.__setattr__(self, option, checked_choice(option, getattr(self, option)))
+        saved = checked_choice("modules_to_save", self.modules_to_save)
         object.__setattr__(self, "modules_to_save", (saved,) if isinstance(saved, str) else tuple(sorted(saved)))
         object.__setattr__(self, "trainable_token_indices", canonical(self.trainable_token_indices))
         ranks = [self.rank, *self.rank_pattern.values()]
@@ -162,6 +160,10 @@ class LoRA(Method):
         if self.modules_to_save or self.trainable_token_indices:
             check_extras(self, config, [(target, layer) for target, by_layer in chosen.items() for layer in by_layer])
         return chosen
+
+    def check_ranks(self, config: ModelConfig) -> None:
+        for target, by_layer in self.sites(config).items():
+            check_rank(self.name, config, target, max(rank for rank, _ in by_layer.values()))
 
     def init(self, model: Any, key: Array) -> Adapter:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0 (embeddings: A = 0, B ~ N(0, 1)), or as `init_lora_weights` says."""

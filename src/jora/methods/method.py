@@ -60,7 +60,11 @@ class Method(ABC):
 
     @abstractmethod
     def bind(self, state: State, rows: Rows) -> Bound:
-        """The projections of one step, inside jit."""
+        """The projections of one forward pass, inside jit."""
+
+    def check_ranks(self, config: ModelConfig) -> None:
+        """Raise InputError for a rank that a matrix cannot have. Asked where training begins, not of files."""
+        return
 
     @property
     def prompt_slots(self) -> int:
@@ -88,6 +92,10 @@ class Method(ABC):
     def rates(self, trained: PyTree) -> PyTree | None:
         """What the learning rate is multiplied by, leaf for leaf; None: by 1 everywhere."""
         return None
+
+    def for_inference(self, adapter: Adapter) -> Adapter:
+        """What generation and evaluation bind in its place, made once: where every `bind` makes the same anew."""
+        return adapter
 
     def to_lora(self, adapter: Adapter) -> Adapter:
         """The same change of the base as an adapter of method `LoRA`. Raises InputError where it is none."""

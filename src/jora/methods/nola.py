@@ -10,7 +10,8 @@ Two ways to start with a change of zero and a gradient that is not:
           reference's scripts train.
   pure    A0 = 0, a ~ N(0, 1/in), so that A's elements have LoRA's variance; b = 0. The paper's equations.
 
-Bases are drawn once a step, outside the scan over layers. `shared`: every linear uses the same ones (element number
+Training draws the bases in every forward pass (of each micro-batch), outside the scan over layers; generation and
+evaluation draw them once, and run the factors. `shared`: every linear uses the same ones (element number
 unit * r + column of A's basis i is the same wherever it occurs), so a chunk of them serves all layers in one matrix
 product. `unique`: every linear of every layer has its own, and drawing them costs as many times more.
 """
@@ -32,7 +33,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from jora.errors import InputError
 from jora.kernels.counter_hash import fold_all
 from jora.kernels.random_basis import VERSION, basis_keys, linear_combination, uniform
-from jora.methods.lora import LoRA, LoRAProjection, check_rank, site_shape
+from jora.methods.lora import LoRA, check_rank, site_shape
 from jora.methods.method import Adapter, Method, State
 from jora.methods.targets import EMBED, HEAD
 from jora.models.adapted import Bound, Rows
@@ -131,18 +132,15 @@ class NOLA(Method):
         return State({t: dict.fromkeys("ab", (None, None)) for t in sites}, {"seed": (), "sites": constant})
 
     def bind(self, state: State, rows: Rows) -> Bound:
-        constants = state.constant["sites"]
-        factors = {side: _expand(self, state, side) for side in SIDES}
-        layers = {}
-        head = None
-        for target, site in constants.items():
-            a, b = (_stacked(factors[side][target], site) for side in SIDES)
-            projection = LoRAProjection(jnp.moveaxis(a, site["scale"].ndim, -1), b, site["scale"], self.dropout)
-            if target == HEAD:
-                head = projection
-            else:
-                layers[target] = projection
-        return Bound(layers, None, head)
+        return self.lora().bind(_lora_state(self, state), rows)
+
+    def for_inference(self, adapter: Adapter) -> Adapter:
+        """The factors that `bind` makes, as a LoRA on the devices; quicker than `to_lora`, whose sums are exact."""
+        from jora.methods.nola_files import layout_of
+
+        lora = self.lora()
+        state = _factors(adapter.state, self, lora, adapter.config, layout_of(adapter))
+        return Adapter(lora, state, adapter.config, adapter.base)
 
     def to_lora(self, adapter: Adapter) -> Adapter:
         """The expanded factors, summed on the host without any rounding before the last: the same bits everywhere."""
@@ -205,6 +203,22 @@ def side_keys(method: NOLA, seed: UInt32[Array, ""], side: str, target: str, lay
 def offset_keys(seed: UInt32[Array, ""], target: str, layers: Int[Array, " n"]) -> UInt32[Array, " n"]:
     """Keys of A0, one a layer."""
     return fold_all(seed, OFFSET, target_number(target), layers)
+
+
+def _lora_state(method: NOLA, state: State) -> State:
+    """The factors as the state of a LoRA."""
+    sites = state.constant["sites"]
+    factors = {side: _expand(method, state, side) for side in SIDES}
+    pairs = {}
+    for target, site in sites.items():
+        a, b = (_stacked(factors[side][target], site) for side in SIDES)
+        pairs[target] = {"a": jnp.moveaxis(a, site["scale"].ndim, -1), "b": b}
+    return State(pairs, {target: site["scale"] for target, site in sites.items()})
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _factors(state: State, method: NOLA, lora: LoRA, config: ModelConfig, layout: Layout) -> State:
+    return jax.tree.map(lambda leaf, axes: layout.constrain(leaf, *axes), _lora_state(method, state), lora.axes(config))
 
 
 def _expand(method: NOLA, state: State, side: str) -> dict[str, Float[Array, "n r *u"]]:

@@ -130,11 +130,12 @@ def expanded(adapter: Adapter) -> Adapter:
         (_, into), (out, _) = site.shapes
         return Factors(a[:into].T, b[:out])
 
-    state = device_state(lora, config, _layout(adapter), factors)
+    state = device_state(lora, config, layout_of(adapter), factors)
     return Adapter(lora, state, config, adapter.base)
 
 
-def _layout(adapter: Adapter) -> Layout:
+def layout_of(adapter: Adapter) -> Layout:
+    """The layout of an adapter's devices."""
     sharding = jax.tree.leaves(adapter.state.trained)[0].sharding
     if isinstance(sharding, jax.sharding.NamedSharding) and isinstance(sharding.mesh, jax.sharding.Mesh):
         return Layout(sharding.mesh)

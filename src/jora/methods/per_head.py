@@ -90,6 +90,13 @@ class PerHeadLoRA(LoRA):
             raise InputError(f"per-head: {other[0]} has no heads in its output; targets may be {', '.join(HEADED)}")
         return sites
 
+    def check_ranks(self, config: ModelConfig) -> None:
+        for target, by_layer in self.sites(config).items():
+            into, out = site_shape(config, target).in_size, config.head_dim
+            rank = max(rank for rank, _ in by_layer.values())
+            if rank > min(into, out):
+                raise InputError(f"per-head: rank {rank} is above {target}'s heads, each {into} x {out}; lower it")
+
     def first(self, key: Array, config: ModelConfig, target: str, ranks: int | Sequence[int]) -> dict[str, Array]:
         shape = site_shape(config, target)
         *heads, width = shape.out_shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Generic, TypeVar
 
 from jora.errors import InputError
@@ -25,6 +26,21 @@ class Frozen(dict[K, V], Generic[K, V]):
 def as_names(value: str | Sequence[str]) -> str | Sequence[str]:
     """A list of one, where `value` is the name of a target: as a regular expression it matches no layer's module."""
     return (value,) if isinstance(value, str) and value in (*LINEARS, EMBED, HEAD) else value
+
+
+def checked_choice(option: str, value: Any) -> Any:
+    """One of a method's choices of modules or layers, its lists as tuples, so that the method can be hashed.
+
+    Raises InputError for what is no name of a module (`layers_to_transform`: no layer's number).
+    """
+    several = isinstance(value, list | tuple | set | frozenset)
+    kind, what = (Integral, "the number of a layer") if option == "layers_to_transform" else (str, "a module's name")
+    for item in value if several else () if value is None else (value,):
+        if not isinstance(item, kind) or isinstance(item, bool):
+            raise InputError(f"{option}: {item!r} is not {what}")
+    if not several:
+        return value
+    return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
 
 
 def module_names(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
@@ -78,10 +94,16 @@ def select(
 
 
 def check_options_match(method: Any, config: ModelConfig) -> None:
-    """Raise InputError where an option of a method about to be trained names no module: a slip that would do nothing.
+    """Raise InputError where an option of a method about to be trained fits nothing: a slip.
 
-    Not for adapters that are loaded: PEFT lets such options pass, and they change nothing there.
+    It names no module, and would do nothing; or a rank is above what a matrix can have (`Method.check_ranks`).
+    Not for adapters that are loaded: PEFT lets such options pass, and they do no harm there.
     """
+    _check_named(method, config)
+    method.check_ranks(config)
+
+
+def _check_named(method: Any, config: ModelConfig) -> None:
     targets, layers = getattr(method, "targets", None), getattr(method, "layers_to_transform", None)
     if targets is None:
         return

@@ -23,6 +23,7 @@ from jora.kernels.widen import widen
 from jora.methods.layer_sites import layer_masks, layer_sites
 from jora.methods.lora import LoRA, dropped, site_shape
 from jora.methods.method import Adapter, Method, State
+from jora.methods.targets import checked_choice
 from jora.models.adapted import Bound, Dense, Rows, Site
 from jora.models.config import ModelConfig
 from jora.models.tensors import LinearShape, linear_shape
@@ -93,9 +94,8 @@ class VeRA(Method):
 
     def __post_init__(self) -> None:
         for option in ("targets", "layers_to_transform"):
-            value = getattr(self, option)
-            if isinstance(value, list | tuple | set):
-                object.__setattr__(self, option, tuple(sorted(value)))
+            value = checked_choice(option, getattr(self, option))
+            object.__setattr__(self, option, tuple(sorted(value)) if isinstance(value, tuple) else value)
         if self.rank < 1:
             raise InputError(f"VeRA: the rank must be at least 1, found {self.rank}")
         if not 0.0 <= self.dropout < 1.0:

@@ -228,5 +228,17 @@ def galore(
     For weights stacked [layers, ...] wrap it in `stacked` and say how many `layers`. Raises InputError, in
     `init`, for a rank above a matrix's smaller side.
     """
-    parts = GaLore(inner, rank, scale, refresh, matrices, precision, factorisation, stagger, layers, mesh, seed)
+    parts = GaLore(
+        inner,
+        rank=rank,
+        scale=scale,
+        refresh_every=refresh,
+        matrices=matrices,
+        precision=precision,
+        factorisation=factorisation,
+        stagger=stagger,
+        layers=layers,
+        mesh=mesh,
+        seed=seed,
+    )
     return optax.GradientTransformation(parts.init, parts.update)

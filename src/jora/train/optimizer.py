@@ -136,25 +136,25 @@ def _make_model_optimizer(
     if galore:
         layer = GaLore(
             inner,
-            options.galore_rank,
-            options.galore_scale,
-            options.galore_refresh,
-            layer_matrices(config),
-            options.galore_projection,
-            options.galore_svd,
-            options.galore_stagger,
-            config.layers,
-            layout.mesh,
-            options.seed,
+            rank=options.galore_rank,
+            scale=options.galore_scale,
+            refresh_every=options.galore_refresh,
+            matrices=layer_matrices(config),
+            precision=options.galore_projection,
+            factorisation=options.galore_svd,
+            stagger=options.galore_stagger,
+            layers=config.layers,
+            mesh=layout.mesh,
+            seed=options.seed,
         )
     return ModelOptimizer(
         adam(keep=table_blocks, at_once=TABLE_ELEMENTS),
         layer,
-        lambda step: learning_rate(step, options, total_steps, jnp),
-        options.weight_decay,
-        options.max_grad_norm,
-        options.layerwise,
-        options.clip_projected,
+        rate=lambda step: learning_rate(step, options, total_steps, jnp),
+        weight_decay=options.weight_decay,
+        max_norm=options.max_grad_norm,
+        layerwise=options.layerwise,
+        clip_projected=options.clip_projected,
     )
 
 
