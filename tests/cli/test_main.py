@@ -104,6 +104,14 @@ def test_a_full_disk_is_one_line():
     assert "Traceback" in main_with("raise OSError('who knows')").stderr
 
 
+def test_too_little_device_memory_is_one_line():
+    code = "from jora.cli import main; main.run = f; main.main()"
+    raising = "def f(argv): raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.')"
+    done = subprocess.run([sys.executable, "-c", f"{raising}\n{code}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "out of memory: try fewer or shorter rows" in done.stderr and "allocate 9 bytes" in done.stderr
+
+
 def test_a_warning_is_one_line_and_a_bug_is_a_traceback():
     done = main_with("warnings.warn('made for another base'); {}['bug']")
     assert done.stderr.startswith("jora: warning: made for another base\nTraceback")

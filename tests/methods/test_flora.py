@@ -23,7 +23,6 @@ from jora.errors import InputError
 from jora.kernels.hadamard import hadamard_product
 from jora.methods.flora import FLoRA, FLoRAProjection, together
 from jora.methods.method import Adapter, State
-from jora.models import decoder, head
 from jora.models.adapted import Dense, Rows, Site
 from jora.models.config import LINEARS
 from jora.models.families import config_from_hf
@@ -209,18 +208,9 @@ def test_rows_choose_among_adapters_and_ranks_in_one_program(model: Model) -> No
 
 
 def test_a_batch_of_several_adapters(model: Model) -> None:
-    """As docs/train-many.md has it: each row of the whole model is that of its own adapter."""
+    """Each row of the whole model is that of its own adapter."""
     adapters = [random_adapter(FLoRA(rank=rank), model, rank) for rank in (1, 2)]
-    mixed = together(adapters)
-
-    @jax.jit
-    def logits(state: State, params: Any, jobs: Any) -> Any:
-        rows = Rows(jobs=jobs)
-        bound = mixed.method.bind(state, rows)
-        hidden, _ = decoder.forward(params, model.config, model.layout, IDS, bound=bound, rows=rows)
-        return head.logits(params, model.config, model.layout, hidden, bound, rows)
-
-    found = logits(mixed.state, model.params, jnp.array([1, 0, 1]))
+    found = model(IDS, together(adapters), jobs=[1, 0, 1])
     expected = [np.asarray(model(IDS, adapter)) for adapter in adapters]
     for row, job in enumerate([1, 0, 1]):
         assert_close(found[row], expected[job][row], 1e-5)

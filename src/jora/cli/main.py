@@ -31,6 +31,7 @@ COMMANDS = {
 }
 
 
+OUT_OF_MEMORY = "try fewer or shorter rows at a time, or more devices; `jora estimate` tells what training fits"
 # Errors of a write to an open file, which name no file.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -110,6 +111,10 @@ def main() -> None:
         if error.errno not in _NO_ROOM:
             raise
         sys.exit(_complain(f"{error.strerror}: make room where the command writes and run it again"))
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # jax's word for it, on every kind of device
+            raise
+        sys.exit(_complain(f"out of memory: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})"))
     except KeyboardInterrupt:
         print("jora: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -85,18 +85,21 @@ class Model:
         positions: Int[Array, "b s"] | None = None,
         segments: Int[Array, "b s"] | None = None,
         instance: Float[Array, "b h"] | None = None,
+        jobs: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b s vocab"]:
         """Next-token logits, float32, of int32 tokens [batch, seq].
 
         segments: 0 marks padding, equal numbers see each other (needed for packed or left-padded rows).
         positions: for the rotary embedding, counted from 0 by default. instance: a vector of each row's prompt, for
-        an adapter that asks for one (`adapter.method.instances(model, prompts)`).
+        an adapter that asks for one (`adapter.method.instances(model, prompts)`). jobs: which adapter is each row's,
+        where `adapter` is several in one (`methods.flora.together`).
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         method, state = self.parts_of(adapter)
         if method is not None and method.prompt_slots and not (positions is None and segments is None):
             raise InputError(f"{method.name}: each row is one sequence padded on the right: no positions or segments")
-        return _logits(self.params, state, tokens, positions, segments, instance, self.config, self.layout, method)
+        rows = Rows(instance=instance, jobs=None if jobs is None else jnp.asarray(jobs, jnp.int32))
+        return _logits(self.params, state, tokens, positions, segments, rows, self.config, self.layout, method)
 
 
 def check_dense(method: Any, quant: Kind | None) -> None:
@@ -115,12 +118,11 @@ def _logits(
     tokens: Array,
     positions: Array | None,
     segments: Array | None,
-    instance: Array | None,
+    rows: Rows,
     config: ModelConfig,
     layout: Layout,
     method: Any,
 ) -> Array:
-    rows = Rows(instance=instance)
     reserved = 0 if method is None else method.prompt_slots
     tokens = jnp.pad(tokens, ((0, 0), (reserved, 0)))
     bound = BASE if method is None else method.bind(state, rows)
