@@ -115,7 +115,7 @@ class Reporter:
     def note(self, text): print("note:", text, flush=True)
 
 drain_seconds, keys, finish = float(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-server, app, running = SimpleNamespace(draining=False, keys=Keys.load(keys)), FastAPI(), set()
+server, app, running = SimpleNamespace(draining=False, open=0, keys=Keys.load(keys)), FastAPI(), set()
 
 @app.get("/ready")
 async def ready():
