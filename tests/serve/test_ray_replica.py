@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -50,12 +50,22 @@ class Engine:
         return [Event(each.id, 0, (1,), "yes", finish="stop") for each in asked]
 
 
-def replica(engine: Any) -> Any:
+@pytest.fixture
+def replica() -> Iterator[Callable[[Any], Any]]:
+    """Makes replicas of engines, whose threads end with the test: what they raise is seen in it."""
     from jora.serve.ray.replica import Replica, Started
 
-    running = AsyncEngine(engine)
-    running.start()
-    return Replica(lambda: Started(running, None, None))  # type: ignore[arg-type]
+    started: list[AsyncEngine] = []
+
+    def make(engine: Any) -> Any:
+        started.append(AsyncEngine(engine))
+        started[-1].start()
+        return Replica(lambda: Started(started[-1], None, None))  # type: ignore[arg-type]
+
+    yield make
+    for running in started:
+        running.engine.fail.set()  # type: ignore[attr-defined]
+        running.stop()
 
 
 def ask(name: str) -> Request:
@@ -101,7 +111,7 @@ async def in_step(engine: Engine) -> None:
     assert await asyncio.to_thread(engine.in_step.wait, SECONDS)
 
 
-def test_what_comes_while_the_engine_fails_is_lost_with_it() -> None:
+def test_what_comes_while_the_engine_fails_is_lost_with_it(replica: Callable[[Any], Any]) -> None:
     """It is told by a RuntimeError that there is no engine: no bug, which another replica would have too."""
     from jora.serve.ray.wire import Change, EngineLost
 
@@ -127,7 +137,7 @@ def test_what_comes_while_the_engine_fails_is_lost_with_it() -> None:
     asyncio.run(asyncio.wait_for(test(), SECONDS))
 
 
-def test_an_error_of_an_engine_that_runs_stays_what_it_is() -> None:
+def test_an_error_of_an_engine_that_runs_stays_what_it_is(replica: Callable[[Any], Any]) -> None:
     async def test() -> None:
         engine = Engine()
         healthy = replica(engine)
@@ -138,7 +148,7 @@ def test_an_error_of_an_engine_that_runs_stays_what_it_is() -> None:
     asyncio.run(asyncio.wait_for(test(), SECONDS))
 
 
-def test_the_request_goes_to_another_replica() -> None:
+def test_the_request_goes_to_another_replica(replica: Callable[[Any], Any]) -> None:
     from jora.serve.ray.backend import Replicas
 
     async def test() -> None:

@@ -121,7 +121,7 @@ def run(options: Options, reporter: Reporter) -> None:
         model = open_model(options, reporter)
         retriever = None if options.documents is None else open_retriever(options.documents, model.tokenizer, reporter)
         engine, memory = start_engine(model, options, engine_options, reporter)
-        facts = facts_of(options, model, memory)
+        facts = facts_of(engine, model, memory)
         grammars = Grammars(model.tokenizer, facts.vocab_size, facts.ends)
         server = make_server(options, facts, model.tokenizer, grammars, engine, keys, retriever)
         names = [info.name for info in engine.engine.adapters()]
@@ -200,14 +200,15 @@ def start_engine(
     return running, planned
 
 
-def facts_of(options: Options, model: Model, memory: Memory) -> Facts:
+def facts_of(engine: AsyncEngine, model: Model, memory: Memory) -> Facts:
     """What the app needs to know of the model."""
     from jora.data.chat import Template
     from jora.inference.generate import end_tokens
     from jora.serve.ray.wire import Facts
 
-    longest = min(options.max_length or model.config.max_positions, model.config.max_positions)
-    return Facts(longest, model.config.vocab_size, end_tokens(model, Template(model.tokenizer)), memory)
+    return Facts(
+        engine.engine.max_length, model.config.vocab_size, end_tokens(model, Template(model.tokenizer)), memory
+    )
 
 
 def make_server(

@@ -55,5 +55,5 @@ def _start(options: Options, engine_options: EngineOptions) -> Started:
     reporter = PlainReporter(sys.stderr)  # Ray shows it where the server runs
     model = open_model(options, reporter)
     engine, memory = start_engine(model, options, engine_options, reporter)
-    facts = facts_of(options, model, memory)
+    facts = facts_of(engine, model, memory)
     return Started(engine, Grammars(model.tokenizer, facts.vocab_size, facts.ends), facts)

@@ -193,8 +193,8 @@ def test_what_goes_while_it_is_looked_at_is_passed_over(served: Path, monkeypatc
 
 
 def test_a_directory_that_cannot_be_read_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(InputError, match="cannot be read"):
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="cannot be read"):
+        patched.setattr(os, "access", lambda path, mode: False)
         catalogue(served)
 
 

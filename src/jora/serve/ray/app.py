@@ -17,6 +17,7 @@ from ray.serve.schema import LoggingConfig
 
 from jora.errors import InputError
 from jora.serve.ray.replica import Replica, Started
+from jora.serve.scheduling.overload import QUEUES
 from jora.sharding import parse_mesh
 
 ACCELERATORS = ("GPU", "TPU")  # Ray's names
@@ -38,7 +39,7 @@ def replicas(
         count: of replicas.
         mesh: of each replica; it says how many accelerators one takes, where the cluster has any.
         batch: sequences that a replica decodes together.
-        queue: most that wait in a replica: the engine's own limit.
+        queue: `max_queue` of a replica's engine, which may let in `QUEUES` times as many.
 
     Raises:
         InputError: the cluster has not enough accelerators, or replicas do not start.
@@ -57,7 +58,7 @@ def replicas(
             num_replicas=count,
             ray_actor_options=resources,
             # The engine refuses what is too much, and shares between clients what waits: it must see it all.
-            max_ongoing_requests=batch + queue + CONTROL_CALLS,
+            max_ongoing_requests=batch + QUEUES * queue + CONTROL_CALLS,
             health_check_period_s=HEALTH_SECONDS,
             graceful_shutdown_wait_loop_s=0.2,
             graceful_shutdown_timeout_s=GONE_SECONDS,
