@@ -4,7 +4,8 @@
 
 What is trained and how stands in `python_docs.yaml`, the data set in `python_docs_raft.yaml`. Stages that are
 finished are skipped: the base's evaluation, then for each seed its training (resumed from the last checkpoint) and
-its evaluation. `results.json` and `results.md` are written anew after each seed.
+its evaluation. `results.json` and `results.md` are written anew after each seed. Of a finished seed `scores.json` is
+enough: with `settings.json`, these small files can go on to another machine, which runs the other seeds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +80,19 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> str:
     manifest = build_data(model, arguments, path, reporter)
     _same_settings(out, model, options, manifest)
 
-    def evaluate(directory: Path, adapter: Callable[[], Adapter | None]) -> dict[str, Any]:
+    def scores(directory: Path, adapter: Callable[[], Adapter | None]) -> dict[str, Any]:
         return _once(directory / "scores.json", lambda: _evaluate(model, adapter(), out, directory, reporter))
 
-    base = evaluate(out / "base", lambda: None)
+    def trained(seed: int) -> Adapter:
+        directory = out / f"seed-{seed}" / "run"
+        _train(model, options, seed, out, directory, reporter)
+        return jora.load_adapter(directory / "adapter", model)  # what was written, not what is in memory
+
+    base = scores(out / "base", lambda: None)
     tuned: dict[int, dict[str, Any]] = {}
     for seed in arguments.seeds:
         reporter.note(f"seed {seed}")
-        directory = out / f"seed-{seed}"
-        _train(model, options, seed, out, directory / "run", reporter)
-        tuned[seed] = evaluate(directory, lambda directory=directory: _adapter(directory, model))
+        tuned[seed] = scores(out / f"seed-{seed}", partial(trained, seed))
         report = table(base, tuned)
         _write(out / "results.json", _json({"base": base, "seeds": tuned, "spread": spread(tuned)}))
         _write(out / "results.md", report)
@@ -144,10 +149,6 @@ def _train(
     jora.train(
         model, options.build_method(), out / "data" / "train.jsonl", out=directory, options=training, reporter=reporter
     )
-
-
-def _adapter(directory: Path, model: jora.Model) -> Adapter:
-    return jora.load_adapter(directory / "run" / "adapter", model)  # what was written, not what is in memory
 
 
 def _evaluate(
