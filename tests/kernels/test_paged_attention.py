@@ -74,7 +74,7 @@ class Filled:
 @pytest.mark.parametrize("page_tokens", [1, 5, 16])
 def test_decode_equals_dense_attention(monkeypatch, page_tokens: int, cap: float | None) -> None:
     """Rows of very different lengths, one of them empty; several rounds of blocks."""
-    monkeypatch.setattr(kernel, "BLOCK", 16)
+    monkeypatch.setattr(kernel, "CPU_BLOCK", 16)
     filled = Filled([83, 1, 20, 1, 64, 17], page_tokens)
     positions = np.array([82, 0, 19, -1, 63, 16])[:, None]
     q, spec = filled.queries(positions), AttentionSpec(0.6, cap=cap)
@@ -86,7 +86,7 @@ def test_decode_equals_dense_attention(monkeypatch, page_tokens: int, cap: float
 
 @pytest.mark.parametrize(("page_tokens", "window"), [(5, FULL), (16, 7), (3, 40)])
 def test_a_chunk_is_causal_within_itself(monkeypatch, page_tokens: int, window: int) -> None:
-    monkeypatch.setattr(kernel, "BLOCK", 16)
+    monkeypatch.setattr(kernel, "CPU_BLOCK", 16)
     filled = Filled([70], page_tokens)
     positions = np.concatenate([np.arange(41, 70), np.full(6, -1)])[None]
     q, spec = filled.queries(positions), AttentionSpec(0.6, cap=3.0)
@@ -119,7 +119,7 @@ def rounds(monkeypatch, positions: np.ndarray, window: int) -> int:
         return fold(*args)
 
     filled = Filled([100] * len(positions), 4)
-    monkeypatch.setattr(kernel, "BLOCK", 8)
+    monkeypatch.setattr(kernel, "CPU_BLOCK", 8)
     monkeypatch.setattr(running_softmax, "fold", counted)
     table = Table(jnp.asarray(filled.pages), jnp.int32(SLOT), 4)
     with jax.disable_jit():

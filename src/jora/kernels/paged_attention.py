@@ -1,6 +1,7 @@
-"""Attention over keys and values that lie in pages, and the writing of new ones: one device's part, in plain XLA.
+"""Attention over keys and values that lie in pages, and the writing of new ones: one device's part.
 
-A block of keys (`BLOCK` tokens of every row, each from its own pages) is read at a time and folded into a running
+Decoding on a GPU has a kernel of its own (`paged_decode`), where that can run; this is plain XLA, its truth. A block of
+keys (`block_tokens()` tokens of every row, each from its own pages) is read at a time and folded into a running
 softmax. The number of rounds is data: that of the row that sees most, from the first key in its window to its last.
 Cost so follows true lengths, and no program is compiled for a length. Decoding (s = 1) and prompt chunks are the same
 code; keys are written before they are read, so a chunk is causal within itself too.
@@ -22,11 +23,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jora.kernels import paged_decode
 from jora.kernels import running_softmax as softmax
 from jora.kernels.attention_xla import visibility
 from jora.kernels.spec import AttentionSpec
 
-BLOCK = 128  # keys a round
+# Keys a round. A CPU works on what its caches hold; elsewhere a round is a launch of kernels, so few of them.
+CPU_BLOCK, BLOCK = 128, 1024
 _FAR = jnp.iinfo(jnp.int32).max
 
 Pool = Float[Array, "pages 1 elements"]
@@ -74,7 +77,10 @@ def paged_attention(
     window: the last keys that a query sees, itself included; data, as layers of every kind share one program
     (`spec.window` is not read).
     """
-    per_block = max(1, BLOCK // table.page_tokens)
+    if paged_decode.why_not(pool.dtype, q.shape[1], q.shape[3:]) is None:
+        return paged_decode.decode_pages(q, pool, *table, positions, window, spec)
+    block = CPU_BLOCK if jax.default_backend() == "cpu" else BLOCK
+    per_block = max(1, block // table.page_tokens)
     valid = positions >= 0
     lowest = jnp.where(valid, jnp.maximum(positions - window + 1, 0), _FAR).min(axis=1)
     last = positions.max(axis=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -105,12 +106,15 @@ def leading_vectors(
 
 
 def _range_finder(matrix: Float[Array, "m n"], rank: int, key: Any) -> Float[Array, "m r"]:
+    product = partial(jnp.matmul, precision="highest")  # a GPU's own default would leave P orthonormal to 1e-3
     test = jax.random.normal(jax.random.key(key), (matrix.shape[1], rank + OVERSAMPLING), jnp.float32)
-    basis = jnp.linalg.qr(matrix @ test)[0]
+    basis = jnp.linalg.qr(product(matrix, test))[0]
     for _ in range(POWER_STEPS):
-        basis = jnp.linalg.qr(matrix @ jnp.linalg.qr(matrix.T @ basis)[0])[0]
-    inner = jnp.linalg.svd(basis.T @ matrix, full_matrices=False)[0]
-    return basis @ inner[:, :rank]
+        basis = jnp.linalg.qr(product(matrix, jnp.linalg.qr(product(matrix.T, basis))[0]))[0]
+    inner = product(basis.T, matrix)
+    # Its left singular vectors; an SVD of [rank, n] itself is the slowest part of all on a GPU.
+    vectors = jnp.linalg.eigh(product(inner, inner.T))[1][:, ::-1]
+    return product(basis, vectors[:, :rank])
 
 
 def store(p: Float[Array, "*side r"], precision: Precision) -> Any:
