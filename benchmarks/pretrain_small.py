@@ -1,6 +1,6 @@
 """Pre-training a Llama of 10M parameters on the standard library's text: AdamW, GaLore and LoRA-only.
 
-    python benchmarks/pretrain_small.py --out runs/pretrain [--steps 800] [--methods adamw,galore,lora,lora-tables]
+    python benchmarks/pretrain_small.py --out runs/pretrain [--steps 1000] [--methods adamw,galore,lora,lora-tables]
 
 All see the same batches in the same order and are evaluated on the same files held out. Start it again to go on
 where it stopped. GaLore and LoRA have the same rank, a quarter of the width, as in arXiv 2403.03507. "lora" trains
@@ -26,7 +26,7 @@ from jora.data.batches import Tokenised
 from jora.files import atomic_write
 from jora.train import TrainOptions
 
-VOCABULARY, LENGTH, ROWS = 4096, 256, 16
+VOCABULARY, LENGTH, ROWS = 4096, 256, 8
 RANK = 64
 BOS, PAD = 0, 1
 HELD_OUT = 32  # of how many files one is held out, by the hash of its name
@@ -105,7 +105,7 @@ def methods() -> dict[str, tuple[Any, dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--methods", default="adamw,galore,lora,lora-tables")
     parser.add_argument("--rate", type=float, help="in place of each method's own learning rate")
     given = parser.parse_args()
