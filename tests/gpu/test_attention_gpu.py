@@ -111,3 +111,4 @@ def test_what_is_explained_is_what_runs() -> None:
     runs = {line.split(": ")[0].removeprefix("attention, "): line.split(": ")[1] for line in explain()}
     assert runs["full, bf16, head 128"] == runs["window, bf16, head 128"] == "cuDNN flash attention"
     assert all(runs[name].startswith("blocked XLA") for name in ("packed rows, bf16", "full, fp32"))
+    assert runs["decoding from pages, bf16"] == "Triton kernel"

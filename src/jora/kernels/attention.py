@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jora.kernels import paged_decode
 from jora.kernels.attention_xla import blocked_attention
 from jora.kernels.spec import AttentionSpec
 
@@ -83,4 +84,6 @@ def explain() -> list[str]:
     for name, (dtype, head_dim, spec, packed) in cases.items():
         reason = why_not_cudnn(dtype, head_dim, spec, packed)
         lines.append(f"attention, {name}: " + (f"blocked XLA ({reason})" if reason else "cuDNN flash attention"))
+    reason = paged_decode.why_not(jnp.bfloat16, 1, (1, 128))
+    lines.append("attention, decoding from pages, bf16: " + (f"blocked XLA ({reason})" if reason else "Triton kernel"))
     return lines

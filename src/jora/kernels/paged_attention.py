@@ -1,7 +1,7 @@
 """Attention over keys and values that lie in pages, and the writing of new ones: one device's part.
 
 Decoding on a GPU has a kernel of its own (`paged_decode`), where that can run; this is plain XLA, its truth. A block of
-keys (`block_tokens()` tokens of every row, each from its own pages) is read at a time and folded into a running
+keys (`BLOCK` tokens of every row, each from its own pages) is read at a time and folded into a running
 softmax. The number of rounds is data: that of the row that sees most, from the first key in its window to its last.
 Cost so follows true lengths, and no program is compiled for a length. Decoding (s = 1) and prompt chunks are the same
 code; keys are written before they are read, so a chunk is causal within itself too.
