@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import tiny
 
 from jora.errors import InputError
-from jora.sharding import MeshSpec, build_layout, parse_mesh
+from jora.sharding import MeshSpec, build_layout, host_device, parse_mesh
 from jora.sharding.mesh import MOST_SIMULATED
 
 
@@ -48,3 +48,15 @@ print(model.layout.devices)
     assert f"InputError: mesh data=1,fsdp=1,tensor=1000: needs 1000 devices, this machine has {MOST_SIMULATED}" in (
         done.stderr
     )
+
+
+def test_a_host_that_jax_may_not_use(monkeypatch) -> None:
+    """JAX_PLATFORMS=cuda: jax has no CPU then."""
+    assert host_device().platform == "cpu"
+
+    def devices(backend: str | None = None) -> list[jax.Device]:
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(InputError, match=r"name it in JAX_PLATFORMS too \(cuda,cpu\)"):
+        host_device()

@@ -150,7 +150,12 @@ def _quantised(source: TensorSource, spec: TensorSpec, quant: Kind) -> HostTenso
 
 
 def _zeros(abstract: jax.ShapeDtypeStruct) -> Array:
-    return jax.jit(partial(jnp.zeros, abstract.shape, abstract.dtype), out_shardings=abstract.sharding)()
+    return _zeros_of(abstract.shape, abstract.dtype, abstract.sharding)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))  # compiled once a shape, not once a stack
+def _zeros_of(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
 def _load_table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jora.errors import InputError
 
@@ -64,6 +64,18 @@ def start_devices(spec: MeshSpec) -> str | None:
     if jax.default_backend() == "cpu" and jax.device_count() >= spec.devices:
         return f"mesh {spec}: {spec.devices} devices simulated on this CPU"
     return None
+
+
+def host_device() -> Any:
+    """The host's CPU, as jax sees it beside an accelerator. Raises InputError where JAX_PLATFORMS leaves it out."""
+    import jax
+
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError as error:
+        raise InputError(
+            "jax may not use the host's CPU, where adapters are read: name it in JAX_PLATFORMS too (cuda,cpu)"
+        ) from error
 
 
 def build_layout(spec: MeshSpec, kv_heads: int) -> Layout:

@@ -26,7 +26,7 @@ from jora.serve.adapters.packing import Spec, elements, pack, spec_of
 from jora.serve.adapters.validation import MAX_HEADER_BYTES, check_weights, read_config, readable
 from jora.serve.pages.layout import PoolLayout
 from jora.serve.scheduling.sequence import AdapterVersion
-from jora.sharding import single_device
+from jora.sharding import host_device, single_device
 
 Blocks = Shaped[np.ndarray, "pages shards elements"]
 _WIDEST = 8  # bytes of a number in a file
@@ -76,7 +76,7 @@ class Loader:
 
     def __init__(self, catalogue: Catalogue, model: Model, pool: PoolLayout, limits: Limits):
         self._catalogue, self._model, self._pool, self._limits = catalogue, model, pool, limits
-        self._cpu = jax.devices("cpu")[0]
+        self._cpu = host_device()
         self._layout = single_device(self._cpu)
         self._pages_of: dict[Spec, int] = {}
         most = _WIDEST * limits.pages * pool.shards * pool.elements
