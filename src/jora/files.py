@@ -11,8 +11,9 @@ from pathlib import Path
 from jora.errors import InputError
 
 
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+def beside(path: Path, ending: str, process: int | None = None) -> Path:
+    """The temporary path of a process (this one) beside `path`."""
+    return path.with_name(f".{path.name}.{process or os.getpid()}.{ending}")
 
 
 def check_no_directory(path: str | os.PathLike[str]) -> None:
@@ -39,7 +40,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     check_no_directory(path)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(target, "tmp")
+    temporary = beside(target, "tmp")
     try:
         yield temporary
         os.replace(temporary, target)
@@ -56,7 +57,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path).resolve()  # "." and ".." have no name that another could stand beside
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, retired = _beside(target, "tmp"), _beside(target, "old")
+    temporary, retired = beside(target, "tmp"), beside(target, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

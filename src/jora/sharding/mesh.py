@@ -55,7 +55,7 @@ def start_devices(spec: MeshSpec) -> str | None:
     """
     import jax
 
-    if spec.devices == 1:
+    if spec.devices == 1 or jax.distributed.is_initialized():  # `start_hosts` has seen to it
         return None
     if jax.config.values["jax_num_cpu_devices"] < spec.devices:
         # jax refuses this once a backend runs; `build_layout` then says which devices are missing.
@@ -93,5 +93,7 @@ def build_layout(spec: MeshSpec, kv_heads: int) -> Layout:
         raise InputError(
             f"mesh {spec}: needs {spec.devices} devices, this machine has {len(devices)} ({platform}){remedy}"
         )
+    if jax.process_count() > 1 and len(devices) != spec.devices:
+        raise InputError(f"mesh {spec}: over several hosts it must take all of their {len(devices)} devices")
     tensor_kv = math.gcd(spec.tensor, kv_heads)
     return make_layout(spec.data, spec.fsdp, tensor_kv, spec.tensor // tensor_kv, devices)

@@ -14,11 +14,13 @@ from typing import Any
 import jax
 
 from jora.data.batches import Batches, Tokenised, prompt_of
+from jora.errors import InputError
 from jora.methods.method import Adapter
 from jora.methods.storage import load_adapter
 from jora.methods.targets import check_options_match
 from jora.models.model import Model
 from jora.reporting import SILENT, Reporter
+from jora.sharding import hosts
 from jora.train.examples import Data, load_examples
 from jora.train.feed import batch_options
 from jora.train.loop import Run, TrainResult
@@ -64,9 +66,12 @@ def train(
         model.check_method(method)
         check_options_match(method, model.config)
     directory = open_directory(out, options.resume)
+    hosts.barrier("the run's directory was looked at")  # the first will write into it
     examples = load_examples(data, model, options, reporter, "training data")
     held_out = None if eval_data is None else load_examples(eval_data, model, options, reporter, "evaluation data")
     adapter = method if isinstance(method, Adapter) else method.init(model, jax.random.key(options.seed))
+    if hosts.several():
+        _check_hosts(adapter, model)
 
     def batches_of(examples: list[Tokenised], evaluation: bool = False) -> Batches:
         slots = adapter.method.prompt_slots
@@ -80,3 +85,12 @@ def train(
     start = digest_of(method) if isinstance(method, Adapter) else None
     run = Run(model, adapter, batches, evaluation, directory, options, reporter, start)
     return run.execute(given)
+
+
+def _check_hosts(adapter: Adapter, model: Model) -> None:
+    """Raise InputError for a method that needs all of the model in one process."""
+    name = adapter.method.name
+    if adapter.method.in_place:
+        raise InputError(f"method {name} over several hosts: a model whose parts they share cannot be written yet")
+    if adapter.method.instance_width(model.config):
+        raise InputError(f"method {name} over several hosts: the vectors of prompts are made in one process only")

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from jora.errors import InputError
-from jora.files import atomic_directory
 from jora.models.decoder import Remat
 from jora.models.source import read_json
 from jora.reporting import Reporter
+from jora.sharding import hosts
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -72,12 +72,13 @@ class Checkpoints:
     def save(self, state: Any, progress: Progress) -> Path:
         """Write a checkpoint of a tree of arrays, then remove those that are no longer kept."""
         path = self.path(progress.step)
-        with atomic_directory(path) as temporary, _orbax().StandardCheckpointer() as checkpointer:
+        with hosts.atomic_directory_of_all(path) as temporary, _orbax().StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary.absolute() / "state", state)
             checkpointer.wait_until_finished()
-            (temporary / "run.json").write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
+            if hosts.first():
+                (temporary / "run.json").write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
         for step in self.steps()[: -self.keep]:
-            if step != progress.best_step:
+            if step != progress.best_step and hosts.first():
                 shutil.rmtree(self.path(step))
         return path
 

@@ -16,7 +16,7 @@ from jaxtyping import Float32
 
 from jora.data.batches import Batch, Batches, BatchOptions, Shape, Step
 from jora.models.head import Answers
-from jora.sharding import Layout
+from jora.sharding import Layout, hosts
 from jora.train.options import TrainOptions
 from jora.train.step import MicroBatches
 
@@ -109,7 +109,7 @@ def to_devices(
             return None
         sizes, _ = _FIELDS[name]
         value, sizes = (value, sizes) if stacked else (value[0], sizes[1:])
-        return jax.device_put(value, layout.sharding(_axes(sizes), value.shape))
+        return hosts.put(value, layout.sharding(_axes(sizes), value.shape))
 
     return _gather(field, packed)
 

@@ -23,6 +23,7 @@ from jora.methods.method import Adapter, State
 from jora.models.decoder import Remat
 from jora.models.model import Model
 from jora.reporting import Reporter
+from jora.sharding import hosts
 from jora.sharding.memory import free_bytes
 from jora.train.checkpoints import Checkpoints, Progress
 from jora.train.evaluation import evaluation_loss, is_best
@@ -95,10 +96,10 @@ class Run:
         self.optimizer = optimizer_for(adapter.method, options, self.total, model.config, self.layout, state.trained)
         self.abstract = abstract_train_state(state.trained, self.optimizer, self.layout)
         self.params = adapter.method.rest(model.params)
-        self.constant = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), adapter.state.constant, state.constant)
+        self.constant = jax.tree.map(lambda x, a: hosts.put(x, a.sharding), adapter.state.constant, state.constant)
         self.abstract_constant = state.constant
         self.adapter = adapter
-        self.seed = jax.device_put(np.uint32(options.seed), self.layout.sharding(()))
+        self.seed = hosts.put(np.uint32(options.seed), self.layout.sharding(()))
         eval_digest = None if evaluation is None else digest(evaluation.examples)
         self.identity = identity(model, adapter, options, self.total, digest(batches.examples), eval_digest, start)
 
@@ -111,10 +112,11 @@ class Run:
         self.progress = saved or Progress(self.identity, remat)
         if saved is None:
             about = {"rematerialisation": remat, "steps": self.total, **_short_identity(self.identity)}
-            write_config(self.directory, self.model, self.adapter, self.options, about, given)
+            if hosts.first():
+                write_config(self.directory, self.model, self.adapter, self.options, about, given)
         else:
             self._restore(saved.step)
-        self.metrics = MetricsFile(self.directory / "metrics.jsonl", keep_until=self.progress.step)
+        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.progress.step, written=hosts.first())
         self.started = time.monotonic() - self.metrics.seconds
         self.last_read = time.monotonic()
         self.recent: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS)
@@ -162,7 +164,7 @@ class Run:
         else:
             remat = choose_remat(
                 lambda policy: programs.compile_train(shapes[0], program._replace(remat=policy)),
-                free_bytes(self.layout),
+                hosts.least(free_bytes(self.layout)),
             )
             self.reporter.note(f"rematerialisation: {remat}")
         programs.program = program._replace(remat=remat)
@@ -178,7 +180,7 @@ class Run:
                     self._evaluate()
                 elif self.progress.step % self.options.save_every == 0:
                     self._save()
-                if interrupt.asked:
+                if hosts.any_of(interrupt.asked):
                     path = self._save()
                     self.reporter.note(
                         f"interrupted after step {self.progress.step}, saved {path}: use resume to go on"
@@ -291,8 +293,11 @@ class Run:
             self._restore(progress.best_step)
         adapter = dataclasses.replace(self.adapter, state=State(self.state.trained, self.constant))
         self._hand_back()
-        written = adapter.method.save_result(adapter, self.model, self.directory)
-        self.reporter.note(f"{written.name} of step {int(self.state.step)} in {written}")
+        readable = dataclasses.replace(adapter, state=hosts.whole(adapter.state))
+        if hosts.first():
+            written = adapter.method.save_result(readable, self.model, self.directory)
+            self.reporter.note(f"{written.name} of step {int(self.state.step)} in {written}")
+        hosts.barrier("the result is written")
         return TrainResult(
             adapter, self.metrics.history, self.directory, progress.step, progress.best_step, progress.best_loss
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jora.data.formats import json_objects
 from jora.files import atomic_write
@@ -23,15 +23,19 @@ class MetricsFile:
     out. An evaluation's line has `step`, `eval_loss`, `eval_answer_tokens`, `best` and `seconds`.
     """
 
-    def __init__(self, path: Path, keep_until: int = 0) -> None:
+    def __init__(self, path: Path, keep_until: int = 0, *, written: bool = True) -> None:
         """Open `path`; lines of steps after `keep_until` are dropped: a resumed run makes them again.
 
-        So is a last line that is not JSON: it was cut. Raises InputError where another one is not.
+        So is a last line that is not JSON: it was cut. Raises InputError where another one is not. written: off where
+        another process writes the file.
         """
         self.history: list[Line] = []
+        self._file: TextIO | None = None
         if path.exists() and keep_until:
             _drop_cut_line(path)
             self.history = [line for _, line in json_objects(path) if line["step"] <= keep_until]
+        if not written:
+            return
         with atomic_write(path) as temporary:
             temporary.write_text("".join(map(_text, self.history)), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
@@ -44,12 +48,14 @@ class MetricsFile:
     def write(self, line: Line) -> None:
         """Append a line and flush it."""
         self.history.append(line)
-        self._file.write(_text(line))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_text(line))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jora.data.batches import Shape
 from jora.models.model import Model
 from jora.reporting import Reporter
-from jora.sharding import Layout
+from jora.sharding import Layout, hosts
 from jora.sharding.memory import free_bytes
 from jora.train.feed import abstract_batches
 from jora.train.memory import check_fits, return_freed_memory
@@ -71,7 +71,7 @@ class Programs:
         for shape in train:
             self.train[shape] = self.compile_train(shape, self.program)
             if len(self.train) == 1:
-                check_fits(self.train[shape], free_bytes(self.program.layout))
+                check_fits(self.train[shape], hosts.least(free_bytes(self.program.layout)))
             reporter.update(len(self.train))
         for shape in evaluate:
             self.evaluate[shape] = self.compile_evaluate(shape)

@@ -18,6 +18,7 @@ from jora.files import atomic_write
 from jora.methods.method import Adapter
 from jora.methods.storage import method_options
 from jora.models.model import Model
+from jora.sharding import hosts
 from jora.train.options import TrainOptions
 
 CONFIG = "config.yaml"
@@ -61,7 +62,7 @@ def digest_of(adapter: Adapter) -> str | None:
     if adapter.method.in_place:
         return None
     found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(adapter.state):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(hosts.whole(adapter.state)):
         found.update(jax.tree_util.keystr(path).encode())
         found.update(np.ascontiguousarray(leaf).tobytes())
     return found.hexdigest()[:32]

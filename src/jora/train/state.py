@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jora.methods.method import Adapter, State
 from jora.models.config import ModelConfig
 from jora.optim.placement import place
-from jora.sharding import Layout
+from jora.sharding import Layout, hosts
 from jora.train.step import TrainState
 
 
@@ -37,9 +38,9 @@ def first_train_state(adapter: Adapter, abstract: TrainState, optimizer: Any) ->
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     take = (lambda x: x) if adapter.method.in_place else jnp.copy
-    trained = jax.tree.map(lambda x, s: jax.device_put(take(x), s), adapter.state.trained, shardings.trained)
+    trained = jax.tree.map(lambda x, s: hosts.put(take(x), s), adapter.state.trained, shardings.trained)
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)
-    return TrainState(trained, moments, jax.device_put(jnp.int32(0), shardings.step))
+    return TrainState(trained, moments, hosts.put(np.int32(0), shardings.step))
 
 
 def placement(abstract: TrainState, layout: Layout) -> tuple[Any, ...] | None:

@@ -1,0 +1,103 @@
+"""Two processes that train over one mesh give what one process gives; where they meet is read from text."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tests.tiny import tiny
+
+from jora.cli import main
+from jora.errors import InputError
+from jora.sharding import MeshSpec
+from jora.sharding.hosts import Hosts, parse_hosts, start_hosts
+
+ROOT = Path(__file__).resolve().parents[2]
+MESH = "fsdp=2,tensor=2"
+
+
+def test_where_hosts_meet() -> None:
+    assert parse_hosts("auto") == Hosts()
+    assert parse_hosts("10.0.0.1:8476,1,2") == Hosts("10.0.0.1:8476", 1, 2)
+    for text in ("10.0.0.1:8476", "10.0.0.1,0,2", "a:1,x,2", "a:1,0"):
+        with pytest.raises(InputError, match=r"write auto, or HOST:PORT,INDEX,COUNT"):
+            parse_hosts(text)
+    with pytest.raises(InputError, match="of 2 hosts it is at most 1"):
+        parse_hosts("a:1,2,2")
+
+
+def test_the_command_reads_them_before_anything_else(tmp_path: Path) -> None:
+    words = ["train", "--model", "none", "--data", "none.jsonl", "--out", str(tmp_path / "out"), "--hosts", "nowhere"]
+    with pytest.raises(InputError, match="hosts 'nowhere': write auto"):
+        main.run(words)
+
+
+def test_a_mesh_that_hosts_do_not_divide() -> None:
+    with pytest.raises(InputError, match="its 4 devices cannot be shared by 3 hosts"):
+        start_hosts(Hosts("127.0.0.1:1", 0, 3), MeshSpec(fsdp=2, tensor=2))
+
+
+def run(directory: Path, processes: int, **task: Any) -> list[str]:
+    """What each of the processes printed; they share MESH."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    running = []
+    for index in range(processes):
+        hosts = f"127.0.0.1:{port},{index},{processes}" if processes > 1 else None
+        own = {**task, "hosts": hosts, "mesh": MESH, "interrupt": task.get("interrupt") if index == 0 else None}
+        path = directory / f"task-{index}.json"
+        path.write_text(json.dumps(own))
+        command = [sys.executable, str(ROOT / "tests/train/host_worker.py"), str(path)]
+        running.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        )
+    outputs = [process.communicate(timeout=240) for process in running]
+    for process, (_, errors) in zip(running, outputs, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [printed for printed, _ in outputs]
+
+
+def adapter(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_two_hosts_train_what_one_does(tmp_path: Path) -> None:
+    """Evaluations, dropout, a run that one host's Ctrl-C ends on both, and one that goes on from an adapter."""
+    model = str(tiny("llama2")[1])
+    one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
+    run(tmp_path, 1, model=model, out=str(one))
+    run(tmp_path, 2, model=model, out=str(two))
+    assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    ours, theirs = adapter(two), adapter(one)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+    def losses(run: Path) -> list[float]:
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [line.get("loss", line.get("eval_loss")) for line in lines]
+
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    assert len(losses(two)) == 6
+
+    printed = run(tmp_path, 2, model=model, out=str(resumed), interrupt=2)
+    assert all("interrupted" in text for text in printed)
+    assert not (resumed / "adapter").exists()
+    run(tmp_path, 2, model=model, out=str(resumed), resume=True)
+    assert losses(resumed) == losses(two)
+    for name, value in adapter(resumed).items():
+        np.testing.assert_array_equal(value, ours[name], err_msg=name)
+
+    run(tmp_path, 2, model=model, out=str(tmp_path / "further"), adapter=str(two / "adapter"))
+    assert losses(tmp_path / "further")[0] < losses(two)[0]
