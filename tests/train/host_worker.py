@@ -1,7 +1,8 @@
-"""One of several hosts that train together, as a process: `python host_worker.py TASK.json`, see `test_hosts.py`."""
+"""One of two hosts that train together, as a process: `python host_worker.py TASK.json`, see `test_hosts.py`."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
@@ -9,35 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tests.train.conftest import Reporter, examples, options
+
+import jora
+from jora.sharding import hosts, parse_mesh
+
+RUN = options(max_steps=4, eval_every=2, save_every=100)
 
 
 def main(task: dict[str, Any]) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
-    from jora.sharding import hosts, parse_mesh
-
-    if task["hosts"] is not None:
-        hosts.start_hosts(hosts.parse_hosts(task["hosts"]), parse_mesh(task["mesh"]))
-
-    from tests.train.conftest import Reporter, examples, options
-
-    import jora
+    hosts.start_hosts(hosts.parse_hosts(task["hosts"]), parse_mesh(task["mesh"]))
 
     def on_step(step: int) -> None:
-        if step == task.get("interrupt"):
+        if task["interrupted"] and step == 2:
             signal.raise_signal(signal.SIGINT)
 
     model = jora.load_model(task["model"], dtype="float32", mesh=task["mesh"])
-    chosen = options(max_steps=4, eval_every=2, save_every=100, resume=task.get("resume", False))
+    data, held_out = examples(10), examples(4, seed=7)
+    run = dataclasses.replace(RUN, resume=task["resume"])
+    reporter = Reporter(on_step)
     try:
-        jora.train(
-            model,
-            task.get("adapter") or jora.LoRA(rank=4, dropout=0.1, targets="all-linear"),
-            examples(10),
-            out=Path(task["out"]),
-            options=chosen,
-            eval_data=examples(4, seed=7),
-            reporter=Reporter(on_step),
-        )
+        jora.train(model, task["adapter"], data, out=task["out"], options=run, eval_data=held_out, reporter=reporter)
     except KeyboardInterrupt:
         print("interrupted")
 

@@ -10,15 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tests.tiny import tiny
+from tests.train.conftest import examples
+from tests.train.host_worker import RUN
 
 from jora.cli import main
 from jora.errors import InputError
+from jora.methods.lora import LoRA
+from jora.methods.storage import save_adapter
+from jora.models.model import load_model
 from jora.sharding import MeshSpec
 from jora.sharding.hosts import Hosts, parse_hosts, start_hosts
+from jora.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 MESH = "fsdp=2,tensor=2"
@@ -45,16 +52,15 @@ def test_a_mesh_that_hosts_do_not_divide() -> None:
         start_hosts(Hosts("127.0.0.1:1", 0, 3), MeshSpec(fsdp=2, tensor=2))
 
 
-def run(directory: Path, processes: int, **task: Any) -> list[str]:
-    """What each of the processes printed; they share MESH."""
+def run(directory: Path, **task: Any) -> list[str]:
+    """What each of two processes printed; they share MESH."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     running = []
-    for index in range(processes):
-        hosts = f"127.0.0.1:{port},{index},{processes}" if processes > 1 else None
-        own = {**task, "hosts": hosts, "mesh": MESH, "interrupt": task.get("interrupt") if index == 0 else None}
+    for index in range(2):
+        own = {**task, "hosts": f"127.0.0.1:{port},{index},2", "mesh": MESH, "interrupted": task["interrupt"] == index}
         path = directory / f"task-{index}.json"
         path.write_text(json.dumps(own))
         command = [sys.executable, str(ROOT / "tests/train/host_worker.py"), str(path)]
@@ -71,33 +77,33 @@ def adapter(run: Path) -> dict[str, np.ndarray]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line.get("loss", line.get("eval_loss")) for line in lines]
+
+
 @pytest.mark.slow
 def test_two_hosts_train_what_one_does(tmp_path: Path) -> None:
-    """Evaluations, dropout, a run that one host's Ctrl-C ends on both, and one that goes on from an adapter."""
-    model = str(tiny("llama2")[1])
-    one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
-    run(tmp_path, 1, model=model, out=str(one))
-    run(tmp_path, 2, model=model, out=str(two))
+    """From an adapter's directory, with evaluations and dropout; Ctrl-C on one host ends both, and both go on."""
+    path = str(tiny("llama2")[1])
+    model = load_model(path, dtype="float32", mesh=MESH)
+    begin, one, two, resumed = (tmp_path / name for name in ("begin", "one", "two", "resumed"))
+    save_adapter(LoRA(rank=4, dropout=0.1, targets="all-linear").init(model, jax.random.key(0)), begin)
+    train(model, begin, examples(10), out=one, options=RUN, eval_data=examples(4, seed=7))
+    task: dict[str, Any] = {"model": path, "adapter": str(begin), "interrupt": None, "resume": False}
+    run(tmp_path, **task, out=str(two))
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
     ours, theirs = adapter(two), adapter(one)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
-
-    def losses(run: Path) -> list[float]:
-        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        return [line.get("loss", line.get("eval_loss")) for line in lines]
-
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
     assert len(losses(two)) == 6
 
-    printed = run(tmp_path, 2, model=model, out=str(resumed), interrupt=2)
+    printed = run(tmp_path, **task | {"interrupt": 1}, out=str(resumed))
     assert all("interrupted" in text for text in printed)
     assert not (resumed / "adapter").exists()
-    run(tmp_path, 2, model=model, out=str(resumed), resume=True)
+    run(tmp_path, **task | {"resume": True}, out=str(resumed))
     assert losses(resumed) == losses(two)
     for name, value in adapter(resumed).items():
         np.testing.assert_array_equal(value, ours[name], err_msg=name)
-
-    run(tmp_path, 2, model=model, out=str(tmp_path / "further"), adapter=str(two / "adapter"))
-    assert losses(tmp_path / "further")[0] < losses(two)[0]
