@@ -61,7 +61,8 @@ def jora_base(hf: dict[str, Any], remat: str, allow_cpu: bool) -> Callable[[int]
         return int((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", machine.peak_bytes()))
 
     def at_length(length: int) -> Contestant:
-        options = TrainOptions(batch_size=1, max_steps=1000, max_length=length, learning_rate=RATE)
+        constant: dict[str, Any] = {"schedule": "constant", "warmup": 0.0}  # as the peers have it
+        options = TrainOptions(batch_size=1, max_steps=1000, max_length=length, learning_rate=RATE, **constant)
         loss = np.arange(length) >= length - ANSWERS
         example = Tokenised(gpu_shapes.row(length, config.vocab_size), loss)
         batches = Batches([example], batch_options(options, layout))
