@@ -30,6 +30,11 @@ def drawn(length: int, kv: int, group: int, width: int, dtype: Any) -> list[jax.
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in (queries, keys, keys, queries)]
 
 
+def on_host(arrays: list[jax.Array]) -> list[jax.Array]:
+    """In fp32 on the CPU: the GPU's compiler takes minutes over such products at full precision."""
+    return [jax.device_put(x.astype(jnp.float32), cpu()) for x in arrays]
+
+
 def with_gradients(attention: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
     """(q, k, v, dL/dout) to the output and the gradients of q, k and v."""
 
@@ -70,7 +75,7 @@ def test_cudnn_equals_blocked_attention_in_fp32(case: str) -> None:
     program, calls = compiled(with_gradients(lambda q, k, v: self_attention(q, k, v, None, spec)), *arrays)
     assert calls == {FORWARD, BACKWARD} or length % 2  # backward, jax refuses cuDNN odd lengths
     reference = jax.jit(with_gradients(lambda q, k, v: blocked_attention(q, k, v, None, spec)))
-    assert_near(program(*arrays), reference(*(x.astype(jnp.float32) for x in arrays)), HALF)
+    assert_near(program(*arrays), reference(*on_host(arrays)), HALF)
 
 
 @pytest.mark.parametrize("length", [1, 34])
@@ -80,7 +85,7 @@ def test_cudnn_forward_alone(length: int) -> None:
     q, k, v, _ = drawn(length, 2, 2, 8, jnp.bfloat16)
     program, calls = compiled(lambda q, k, v: self_attention(q, k, v, None, spec), q, k, v)
     assert calls == {FORWARD} or length % 2
-    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    wide = on_host([q, k, v])
     assert_near([program(q, k, v)], [blocked_attention(wide[0], wide[1], wide[2], None, spec)], HALF)
 
 
@@ -103,7 +108,7 @@ def test_what_cudnn_does_not_take_agrees_with_the_cpu(case: str) -> None:
     program, calls = compiled(with_gradients(lambda q, k, v: self_attention(q, k, v, segments, spec)), *arrays)
     assert not calls
     reference = jax.jit(with_gradients(lambda q, k, v: blocked_attention(q, k, v, segments, spec)))
-    expected = reference(*(jax.device_put(x.astype(jnp.float32), cpu()) for x in arrays))
+    expected = reference(*on_host(arrays))
     assert_near(program(*arrays), expected, HALF if dtype == jnp.bfloat16 else 1e-5)
 
 
