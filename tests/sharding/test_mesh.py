@@ -60,3 +60,11 @@ def test_a_host_that_jax_may_not_use(monkeypatch) -> None:
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(InputError, match=r"name it in JAX_PLATFORMS too \(cuda,cpu\)"):
         host_device()
+
+
+def test_over_several_hosts_a_mesh_takes_all_devices(monkeypatch) -> None:
+    """Some hosts would have no part in the programs, and wait for ever."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="it must take all of their 8 devices"):
+        build_layout(MeshSpec(tensor=4), 4)
+    assert build_layout(MeshSpec(fsdp=2, tensor=4), 4).devices == 8

@@ -15,7 +15,7 @@ from tests.train.conftest import Reporter, examples, options
 import jora
 from jora.sharding import hosts, parse_mesh
 
-RUN = options(max_steps=4, eval_every=2, save_every=100)
+RUN = options(max_steps=8, eval_every=4, save_every=100)
 
 
 def main(task: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from jora.train.checkpoints import Checkpoints, Progress
 from jora.train.evaluation import evaluation_loss, is_best
 from jora.train.examples import digest
 from jora.train.feed import Schedule, to_devices
-from jora.train.interrupt import delayed_interrupt
+from jora.train.interrupt import Interrupt, delayed_interrupt
 from jora.train.memory import peak_bytes
 from jora.train.metrics import RATE_STEPS, Line, MetricsFile
 from jora.train.optimizer import diverged, learning_rate, optimizer_for
@@ -39,6 +39,8 @@ from jora.train.record import TRAINED_FROM, identity, write_config
 from jora.train.remat import choose_remat
 from jora.train.state import abstract_adapter, abstract_train_state, first_train_state, placement
 from jora.train.step import Program
+
+AGREE_EVERY = 4  # steps between two looks of several hosts at whether one of them is to stop
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class Run:
                     self._evaluate()
                 elif self.progress.step % self.options.save_every == 0:
                     self._save()
-                if hosts.any_of(interrupt.asked):
+                if self._is_asked_to_stop(interrupt):
                     path = self._save()
                     self.reporter.note(
                         f"interrupted after step {self.progress.step}, saved {path}: use resume to go on"
@@ -188,6 +190,12 @@ class Run:
                     raise KeyboardInterrupt
             self._save()
         self.reporter.finish(**self._last_losses())
+
+    def _is_asked_to_stop(self, interrupt: Interrupt) -> bool:
+        """Whether any host is. Several agree every few steps only: they wait for their devices to do so."""
+        if hosts.several() and self.progress.step % AGREE_EVERY:
+            return False
+        return hosts.any_of(interrupt.asked)
 
     def _step(self) -> None:
         """Start one step, then read the metrics of the one before it."""
