@@ -115,7 +115,7 @@ def test_a_window_layer_never_scores_all_keys(monkeypatch):
 
 def test_the_choice_of_kernel_is_explained():
     lines = explain()
-    assert len(lines) == 6
+    assert len(lines) == 7
     if jax.default_backend() == "cpu":
         assert why_not_cudnn(jnp.bfloat16, 128, AttentionSpec(1.0), False) == "the device is a cpu"
         assert all("the device is a cpu" in line for line in lines)
