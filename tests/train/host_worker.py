@@ -1,8 +1,10 @@
-"""One of two hosts that train together, as a process: `python host_worker.py TASK.json`, see `test_hosts.py`."""
+"""One of two hosts that train together, as a process: `python host_worker.py TASK.json`, see `test_hosts.py`.
+
+It imports nothing of the tests: they bring torch with them.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 import sys
@@ -10,28 +12,50 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tests.train.conftest import Reporter, examples, options
+import numpy as np
 
 import jora
+from jora.data.batches import Tokenised
 from jora.sharding import hosts, parse_mesh
+from jora.train import TrainOptions
 
-RUN = options(max_steps=8, eval_every=4, save_every=100)
+
+class Interrupting:
+    """A reporter that presses Ctrl-C when it is told of a training step; None: never."""
+
+    def __init__(self, step: int | None) -> None:
+        self._step, self._training = step, False
+
+    def start(self, total: int | None, what: str, done: int = 0) -> None:
+        self._training = what.startswith("training")
+
+    def update(self, done: int, **fields: Any) -> None:
+        if self._training and done == self._step:
+            signal.raise_signal(signal.SIGINT)
+
+    def note(self, text: str) -> None: ...
+
+    def finish(self, **fields: Any) -> None: ...
+
+
+def examples(rows: list[list[list[int]]]) -> list[Tokenised]:
+    return [Tokenised(np.array(tokens, np.int32), np.array(loss, bool)) for tokens, loss in rows]
 
 
 def main(task: dict[str, Any]) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     hosts.start_hosts(hosts.parse_hosts(task["hosts"]), parse_mesh(task["mesh"]))
-
-    def on_step(step: int) -> None:
-        if task["interrupted"] and step == 2:
-            signal.raise_signal(signal.SIGINT)
-
     model = jora.load_model(task["model"], dtype="float32", mesh=task["mesh"])
-    data, held_out = examples(10), examples(4, seed=7)
-    run = dataclasses.replace(RUN, resume=task["resume"])
-    reporter = Reporter(on_step)
     try:
-        jora.train(model, task["adapter"], data, out=task["out"], options=run, eval_data=held_out, reporter=reporter)
+        jora.train(
+            model,
+            task["adapter"],
+            examples(task["data"]),
+            out=task["out"],
+            options=TrainOptions(**task["options"]),
+            eval_data=examples(task["eval_data"]),
+            reporter=Interrupting(task["interrupt"]),
+        )
     except KeyboardInterrupt:
         print("interrupted")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -15,10 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tests.tiny import tiny
-from tests.train.conftest import examples
-from tests.train.host_worker import RUN
+from tests.train.conftest import examples, options
 
 from jora.cli import main
+from jora.data.batches import Tokenised
 from jora.errors import InputError
 from jora.methods.lora import LoRA
 from jora.methods.storage import save_adapter
@@ -53,14 +54,15 @@ def test_a_mesh_that_hosts_do_not_divide() -> None:
 
 
 def run(directory: Path, **task: Any) -> list[str]:
-    """What each of two processes printed; they share MESH."""
+    """What each of two processes printed; they share MESH. `interrupt`: a step at which the second is told to stop."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     running = []
     for index in range(2):
-        own = {**task, "hosts": f"127.0.0.1:{port},{index},2", "mesh": MESH, "interrupted": task["interrupt"] == index}
+        own = {**task, "hosts": f"127.0.0.1:{port},{index},2", "mesh": MESH}
+        own["interrupt"] = task["interrupt"] if index == 1 else None
         path = directory / f"task-{index}.json"
         path.write_text(json.dumps(own))
         command = [sys.executable, str(ROOT / "tests/train/host_worker.py"), str(path)]
@@ -71,6 +73,10 @@ def run(directory: Path, **task: Any) -> list[str]:
     for process, (_, errors) in zip(running, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     return [printed for printed, _ in outputs]
+
+
+def listed(examples: list[Tokenised]) -> list[Any]:
+    return [[example.tokens.tolist(), example.loss.tolist()] for example in examples]
 
 
 def adapter(run: Path) -> dict[str, np.ndarray]:
@@ -89,8 +95,10 @@ def test_two_hosts_train_what_one_does(tmp_path: Path) -> None:
     model = load_model(path, dtype="float32", mesh=MESH)
     begin, one, two, resumed = (tmp_path / name for name in ("begin", "one", "two", "resumed"))
     save_adapter(LoRA(rank=4, dropout=0.1, targets="all-linear").init(model, jax.random.key(0)), begin)
-    train(model, begin, examples(10), out=one, options=RUN, eval_data=examples(4, seed=7))
-    task: dict[str, Any] = {"model": path, "adapter": str(begin), "interrupt": None, "resume": False}
+    chosen, data, held_out = options(max_steps=8, eval_every=4, save_every=100), examples(10), examples(4, seed=7)
+    train(model, begin, data, out=one, options=chosen, eval_data=held_out)
+    task: dict[str, Any] = {"model": path, "adapter": str(begin), "interrupt": None}
+    task |= {"data": listed(data), "eval_data": listed(held_out), "options": dataclasses.asdict(chosen)}
     run(tmp_path, **task, out=str(two))
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
     ours, theirs = adapter(two), adapter(one)
@@ -100,11 +108,12 @@ def test_two_hosts_train_what_one_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
     assert len(losses(two)) == 10
 
-    printed = run(tmp_path, **task | {"interrupt": 1}, out=str(resumed))
+    printed = run(tmp_path, **task | {"interrupt": 2}, out=str(resumed))
     assert all("interrupted" in text for text in printed)
     assert not (resumed / "adapter").exists()
     assert [path.name for path in (resumed / "checkpoints").iterdir()] == ["step-00000004"]
-    run(tmp_path, **task | {"resume": True}, out=str(resumed))
+    task["options"]["resume"] = True
+    run(tmp_path, **task, out=str(resumed))
     assert losses(resumed) == losses(two)
     for name, value in adapter(resumed).items():
         np.testing.assert_array_equal(value, ours[name], err_msg=name)
