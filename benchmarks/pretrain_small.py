@@ -89,7 +89,7 @@ def rows(tokenizer: Any, held_out: bool) -> list[Tokenised]:
 
 
 def methods() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> (method, options). Each rate is the best of those that docs/galore.md lists."""
+    """Name -> (method, options). docs/galore.md says which other rates were tried."""
     whole = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
     return {
         "adamw": (jora.Full(), dict(learning_rate=2e-3)),
