@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import machine
-from gpu_children import gpu_name
+from gpu_children import gpu_name, say, write
 from gpu_shapes import llama, random_weights
 from serving import bases, decode_floor, engine_runs
 from serving.trace import Arrival
@@ -178,7 +178,10 @@ def decode_seconds(engine: Any, chosen: argparse.Namespace, distinct: int, promp
 
 
 def program_seconds(engine: Any, chosen: argparse.Namespace, context: int, distinct: int) -> float:
-    """Seconds of the decode program alone, dispatched again and again: what is left when the host costs nothing."""
+    """Seconds of the decode program alone, dispatched again and again: what is left when the host costs nothing.
+
+    It writes into pages that may be an adapter's: what the engine answers afterwards means nothing, only its times do.
+    """
     import jax
     import numpy as np
 
@@ -214,12 +217,12 @@ def measure(chosen: argparse.Namespace, directory: Path, report: dict[str, Any])
     config, itemsize = model.config, model.dtype.itemsize
     most = max(chosen.distinct)
     bases.write_adapters(directory / "base", directory / "adapters", most, [chosen.rank], distinct=2)
-    note(f"model and adapters made in {time.perf_counter() - began:.0f} s")
+    say(f"model and adapters made in {time.perf_counter() - began:.0f} s")
     report["bandwidth"] = bandwidth = copy_bandwidth(0.01 if chosen.tiny else 2.0)
     report["host_to_device"] = host_to_device(model, chosen.rank)
     engine = make_engine(model, directory / "adapters", chosen)
     report["load"] = load_seconds(engine, most)
-    note(f"adapters loaded, {time.perf_counter() - began:.0f} s: {report['load']}")
+    say(f"adapters loaded, {time.perf_counter() - began:.0f} s: {report['load']}")
     report["steps"] = []
     for prompt in (SHORT, chosen.prompt):
         for k in chosen.distinct:
@@ -228,8 +231,8 @@ def measure(chosen: argparse.Namespace, directory: Path, report: dict[str, Any])
             floor = decode_floor.step(config, chosen.rows, int(context), chosen.rank, k, itemsize).bytes / bandwidth
             found = {"distinct": k, "context": context, "seconds": seconds, "floor_seconds": floor}
             report["steps"].append({**found, "program_seconds": alone})
-            note(f"{k} adapters, context {context:.0f}: {1e3 * median(seconds):.2f} ms, program {1e3 * alone:.2f} ms")
-            write(report, chosen.out)
+            say(f"{k} adapters, context {context:.0f}: {1e3 * median(seconds):.2f} ms, program {1e3 * alone:.2f} ms")
+            write(chosen.out, report)
     engine.close()
 
 
@@ -258,16 +261,6 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def write(report: dict[str, Any], out: Path | None) -> None:
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     chosen = options(sys.argv[1:])
     gpu = gpu_name()
@@ -278,7 +271,7 @@ def main() -> None:
     report: dict[str, Any] = {"machine": {**machine.facts(PACKAGES), "gpu": gpu}, "options": asked}
     with tempfile.TemporaryDirectory(prefix="jora-benchmark-") as directory:
         measure(chosen, Path(directory), report)
-    write(report, chosen.out)
+    write(chosen.out, report)
     print(f"{table(report)}\n\nGPU: {gpu}. {machine.lines(report['machine'])}")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from jora.kernels.attention import explain, self_attention, why_not_cudnn
+from jora.kernels.attention import _cudnn, explain, self_attention, why_not_cudnn
 from jora.kernels.attention_xla import blocked_attention
 from jora.kernels.spec import AttentionSpec
 
@@ -111,6 +111,25 @@ def test_a_window_layer_never_scores_all_keys(monkeypatch):
 
     assert widest(5) <= 5 + 8
     assert widest(None) == 200
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_what_is_given_to_cudnn(monkeypatch, length):
+    """Even lengths only, for their gradients; XLA stands in for the kernel, which has the same arguments."""
+    given = []
+
+    def stand_in(q, *arrays, implementation, **options):
+        assert implementation == "cudnn"
+        given.append(q.shape[1])
+        return attend(q, *arrays, implementation="xla", **options)
+
+    attend = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    draw = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(draw.normal(0, 1, s), jnp.float32) for s in ((2, length, 2, 3, 4), *2 * [(2, length, 2, 4)]))
+    spec = AttentionSpec(0.5, window=5)
+    np.testing.assert_allclose(_cudnn(q, k, v, spec), blocked_attention(q, k, v, None, spec), atol=2e-6)
+    assert given == [8 if length == 8 else 10]
 
 
 def test_the_choice_of_kernel_is_explained():

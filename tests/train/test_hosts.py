@@ -21,12 +21,15 @@ from tests.train.conftest import examples, options
 from jora.cli import main
 from jora.data.batches import Tokenised
 from jora.errors import InputError
+from jora.methods.full import Full
+from jora.methods.lopa import IDPG, LoPA
 from jora.methods.lora import LoRA
 from jora.methods.storage import save_adapter
 from jora.models.model import load_model
 from jora.sharding import MeshSpec
 from jora.sharding.hosts import Hosts, parse_hosts, start_hosts
 from jora.train import train
+from jora.train.api import _check_hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 MESH = "fsdp=2,tensor=2"
@@ -51,6 +54,29 @@ def test_the_command_reads_them_before_anything_else(tmp_path: Path) -> None:
 def test_a_mesh_that_hosts_do_not_divide() -> None:
     with pytest.raises(InputError, match="its 4 devices cannot be shared by 3 hosts"):
         start_hosts(Hosts("127.0.0.1:1", 0, 3), MeshSpec(fsdp=2, tensor=2))
+
+
+@pytest.mark.parametrize("method", [Full(), LoPA(), IDPG()], ids=lambda method: method.name)
+def test_methods_that_need_one_process(method: Any) -> None:
+    model = load_model(tiny("llama2")[1], dtype="float32")
+    with pytest.raises(InputError, match=f"method {method.name} over several hosts"):
+        _check_hosts(method.init(model, jax.random.key(0)), model)
+
+
+def test_no_cluster_says_how_they_meet() -> None:
+    """In a process of its own: one that has used jax could not meet anybody."""
+    script = """
+from jora.errors import InputError
+from jora.sharding import MeshSpec
+from jora.sharding.hosts import Hosts, start_hosts
+try:
+    start_hosts(Hosts(), MeshSpec())
+except InputError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout.startswith("the hosts cannot meet (") and "coordinator" in done.stdout, done.stderr[-2000:]
 
 
 def run(directory: Path, **task: Any) -> list[str]:

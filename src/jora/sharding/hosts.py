@@ -46,8 +46,9 @@ def parse_hosts(text: str) -> Hosts:
 def start_hosts(hosts: Hosts, mesh: MeshSpec) -> None:
     """Meet the other processes; call it before anything else uses jax's devices.
 
-    Where the only platform is the CPU each process simulates its share of the mesh's devices. Raises InputError where
-    the others do not come, and for a mesh that the processes do not divide.
+    Where the only platform is the CPU each process simulates its share of the mesh's devices. Raises InputError for a
+    mesh that the processes do not divide, where no cluster says how they meet, and where jax is in use already. Where
+    the others do not come within five minutes jax ends the process itself, with messages of its own.
     """
     if hosts.processes is not None:
         if mesh.devices % hosts.processes:
@@ -58,7 +59,7 @@ def start_hosts(hosts: Hosts, mesh: MeshSpec) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"the hosts did not meet ({reason}): start the same command on each, with the address of the first, its"
+            f"the hosts cannot meet ({reason}): start the same command on each, with the address of the first, its"
             " own index and their number"
         ) from error
 
