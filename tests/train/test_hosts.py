@@ -79,26 +79,52 @@ except InputError as error:
     assert done.stdout.startswith("the hosts cannot meet (") and "coordinator" in done.stdout, done.stderr[-2000:]
 
 
-def run(directory: Path, **task: Any) -> list[str]:
-    """What each of two processes printed; they share MESH. `interrupt`: a step at which the second is told to stop."""
+def address() -> str:
+    """Where two processes can meet: a port that was free a moment ago."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+        return f"127.0.0.1:{found.getsockname()[1]}"
+
+
+def together(commands: list[list[str]]) -> list[str]:
+    """What each of the commands printed; they run at once, and none may fail."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    running = []
-    for index in range(2):
-        own = {**task, "hosts": f"127.0.0.1:{port},{index},2", "mesh": MESH}
-        own["interrupt"] = task["interrupt"] if index == 1 else None
-        path = directory / f"task-{index}.json"
-        path.write_text(json.dumps(own))
-        command = [sys.executable, str(ROOT / "tests/train/host_worker.py"), str(path)]
-        running.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
+        for command in commands
+    ]
     outputs = [process.communicate(timeout=240) for process in running]
     for process, (_, errors) in zip(running, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     return [printed for printed, _ in outputs]
+
+
+def test_they_agree_on_numbers_of_64_bits() -> None:
+    """As bytes of memory are: in 32 bits 80 GiB would be 0 and some amounts negative."""
+    script = """
+import sys
+from jora.sharding import MeshSpec, hosts
+hosts.start_hosts(hosts.parse_hosts(sys.argv[1]), MeshSpec(fsdp=2))
+index = int(sys.argv[1].split(",")[1])
+print(hosts.least((80 << 30) - index), hosts.least(-(80 << 30) + index), hosts.any_of(index == 1), hosts.any_of(False))
+"""
+    meet = address()
+    printed = together([["-c", script, f"{meet},{index},2"] for index in range(2)])
+    assert all(text.endswith(f"{(80 << 30) - 1} {-(80 << 30)} True False\n") for text in printed), printed
+
+
+def run(directory: Path, **task: Any) -> list[str]:
+    """What each of two processes printed; they share MESH. `interrupt`: a step at which the second is told to stop."""
+    meet, commands = address(), []
+    for index in range(2):
+        own = {**task, "hosts": f"{meet},{index},2", "mesh": MESH}
+        own["interrupt"] = task["interrupt"] if index == 1 else None
+        path = directory / f"task-{index}.json"
+        path.write_text(json.dumps(own))
+        commands.append([str(ROOT / "tests/train/host_worker.py"), str(path)])
+    return together(commands)
 
 
 def listed(examples: list[Tokenised]) -> list[Any]:

@@ -82,12 +82,12 @@ def barrier(what: str) -> None:
 
 def any_of(flag: bool) -> bool:
     """Whether it is so in any process; all get the same answer."""
-    return bool(_gathered(flag).any()) if several() else flag
+    return any(_of_all(flag)) if several() else flag
 
 
 def least(number: int) -> int:
-    """The smallest of all processes' numbers; all get the same answer."""
-    return int(_gathered(number).min()) if several() else number
+    """The smallest of all processes' 64-bit integers; all get the same answer."""
+    return min(_of_all(number)) if several() else number
 
 
 def put(value: Any, sharding: Sharding) -> jax.Array:
@@ -131,8 +131,10 @@ def atomic_directory_of_all(path: Path) -> Iterator[Path]:
     barrier(f"renamed {path.name}")
 
 
-def _gathered(value: Any) -> np.ndarray:
-    return np.asarray(_multihost().process_allgather(np.asarray(value)))
+def _of_all(number: int) -> list[int]:
+    """Every process's number. It travels as bytes: jax would make 32 bits of it, and a device's bytes need more."""
+    own = np.frombuffer(np.int64(number).tobytes(), np.uint8)
+    return np.asarray(_multihost().process_allgather(own)).reshape(-1, 8).view(np.int64).ravel().tolist()
 
 
 def _multihost() -> Any:
