@@ -50,7 +50,7 @@ def options() -> argparse.Namespace:
 def jora_player(model: str, adapter: str) -> Play:
     """What `jora generate` runs."""
     import jora
-    from jora.inference.generate import generate_tokens
+    from jora.inference.tokens import generate_tokens
 
     base = jora.load_model(model, dtype="float32")
     tuned = jora.load_adapter(adapter, base)

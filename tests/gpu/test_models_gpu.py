@@ -12,7 +12,7 @@ from tests.inference.test_generate import PROMPTS, greedy
 from tests.tiny import FAMILIES, assert_close, logits, tiny, tokens
 
 import jora
-from jora.inference.generate import generate_tokens
+from jora.inference.tokens import generate_tokens
 from jora.models.model import Model
 
 pytestmark = pytest.mark.gpu

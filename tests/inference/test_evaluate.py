@@ -10,10 +10,13 @@ import pytest
 import torch
 from tests.inference.characters import talking
 
-from jora.data.chat import Template, tokenise_example
+from jora.data.batches import Tokenised
+from jora.data.chat import Template, fill_documents, tokenise_example
 from jora.data.formats import parse_example, read_examples
 from jora.errors import InputError
-from jora.inference.evaluate import evaluate
+from jora.inference.decode import prefill
+from jora.inference.evaluate import _answered, evaluate
+from jora.inference.generate import generate
 
 
 def line(question: str, answer: str, documents: list[str], **extra: Any) -> dict[str, Any]:
@@ -45,8 +48,8 @@ def setting(tmp_path_factory):
     return hf, model, data
 
 
-def expected_nll(hf: Any, model: Any, example: Any) -> tuple[float, int]:
-    (tokens, loss), *_ = tokenise_example(example, Template(model.tokenizer))
+def expected_nll(hf: Any, turn: Tokenised) -> tuple[float, int]:
+    tokens, loss = turn
     with torch.no_grad():
         scores = hf(torch.tensor(tokens[None].astype(np.int64))).logits[0]
     targets = np.flatnonzero(loss)
@@ -59,16 +62,61 @@ def expected_nll(hf: Any, model: Any, example: Any) -> tuple[float, int]:
 def test_the_loss_is_transformers_loss_of_the_answers(setting):
     hf, model, data = setting
     result = evaluate(model, data, max_new_tokens=4, batch_size=2)
-    expected = [expected_nll(hf, model, example) for example in read_examples(data)]
+    template = Template(model.tokenizer)
+    expected = [expected_nll(hf, *tokenise_example(example, template)) for example in read_examples(data)]
     assert result.loss == pytest.approx(sum(n for n, _ in expected) / sum(c for _, c in expected), rel=1e-4)
     for row, (nll, count) in zip(result.rows, expected, strict=True):
         assert row.loss == pytest.approx(nll / count, rel=1e-4)
         assert row.answer_tokens == count
 
 
+THINKING = (  # what an earlier turn of the assistant says is short, as thinking is dropped
+    "{% for m in messages %}[{{ m.role }}]"
+    "{{ m.content if loop.last or m.role == 'user' else m.content[:2] }}{% if m.role == 'assistant' %}<end_of_turn>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TURNS = {"messages": [{"role": role, "content": f"{role} says {n}"} for n in "12" for role in ("user", "assistant")]}
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2", "fsdp=2,tensor=2"])
+@pytest.mark.parametrize("template", [None, THINKING], ids=["whole", "by turns"])
+def test_every_turn_counts(template, mesh, tmp_path):
+    """All turns as one text, or each as one of its own, on any mesh; an example of one turn beside it."""
+    hf, model = talking("gemma3", tmp_path, mesh)
+    if template:
+        model.tokenizer.chat_template = template
+    examples = [parse_example(TURNS), parse_example(LINES[0])]
+    assert len(tokenise_example(examples[0], Template(model.tokenizer))) == (2 if template else 1)
+    result = evaluate(model, examples, max_new_tokens=4, batch_size=3)
+    for row, example in zip(result.rows, examples, strict=True):
+        turns = [expected_nll(hf, turn) for turn in tokenise_example(example, Template(model.tokenizer))]
+        assert row.answer_tokens == sum(count for _, count in turns)
+        assert row.loss == pytest.approx(sum(nll for nll, _ in turns) / row.answer_tokens, rel=1e-4)
+        assert row.prediction == generate(model, fill_documents(example).messages[:-1], max_new_tokens=4)
+
+
+def test_a_prompt_is_read_once(setting, monkeypatch):
+    """Answer and loss come of one pass."""
+    _, model, data = setting
+    monkeypatch.setattr("jora.inference.evaluate._answer_nll", None)
+    read = []
+
+    def counting(*args, **options):
+        read.append(np.asarray(args[2]).shape)
+        return prefill(*args, **options)
+
+    monkeypatch.setattr("jora.inference.tokens.prefill", counting)
+    evaluate(model, data, max_new_tokens=4, batch_size=2)
+    assert [rows for rows, _ in read] == [2, 2]
+
+
 def answering(monkeypatch, texts: list[str]) -> None:
     """Let the model 'write' these texts: what it really writes is the subject of test_generate."""
-    monkeypatch.setattr("jora.inference.evaluate.answer_texts", lambda *args, **options: texts)
+
+    def writing(*args):
+        return texts, _answered(*args)[1]
+
+    monkeypatch.setattr("jora.inference.evaluate._answered", writing)
 
 
 def test_scores_and_rows(setting, monkeypatch, tmp_path):
@@ -98,8 +146,6 @@ def test_scores_and_rows(setting, monkeypatch, tmp_path):
 
 def test_what_the_model_writes_is_scored(setting):
     _, model, data = setting
-    from jora.inference.generate import generate
-
     result = evaluate(model, data, max_new_tokens=6)
     documents = "\n\n".join(
         f'<document title="d{i}">\n{text}\n</document>' for i, text in enumerate(["Ada wrote it.", "Bob did not."])
@@ -147,7 +193,7 @@ def test_long_prompts_lose_documents_in_loss_and_prompt_alike(setting, monkeypat
     long = parse_example(line("Who?", "Ada", ["Ada.", "filler " * 30]))
     short = parse_example(line("Who?", "Ada", ["Ada."]))
     result = evaluate(model, [long], max_length=120, max_new_tokens=20, reporter=Listener())
-    nll, count = expected_nll(hf, model, short)
+    nll, count = expected_nll(hf, *tokenise_example(short, Template(model.tokenizer)))
     assert result.rows[0].loss == pytest.approx(nll / count, rel=1e-4)
     assert notes == ["1 of 1 prompts shortened in their documents to 120 tokens"]
 

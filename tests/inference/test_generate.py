@@ -19,8 +19,10 @@ from tests.tiny import FAMILIES, tiny
 import jora
 from jora.errors import InputError
 from jora.inference import decode as programs
-from jora.inference.generate import bucket, end_tokens, generate, generate_tokens
+from jora.inference.ends import end_tokens
+from jora.inference.generate import generate
 from jora.inference.sampling import sampling_rows
+from jora.inference.tokens import bucket, generate_tokens
 
 NEW = 40  # more than one run of decode steps
 PROMPTS = [np.random.default_rng(n).integers(3, 99, n).tolist() for n in (3, 19, 9, 30)]
@@ -91,7 +93,7 @@ def test_no_device_sends_its_cache(family, mesh):
     tokens, lengths = np.ones((rows, 16), np.int32), np.full(rows, 9, np.int32)
     options = dict(program=program)
     prefilled = programs.prefill.lower(model.params, None, tokens, lengths, sampling, ends, **options, slots=slots)
-    stream, _ = programs.prefill(model.params, None, tokens, lengths, sampling, ends, **options, slots=slots)
+    stream, *_ = programs.prefill(model.params, None, tokens, lengths, sampling, ends, **options, slots=slots)
     decoded = programs.decode.lower(model.params, None, stream, sampling, ends, np.int32(4), **options)
     kv_shards = model.layout.axis_size("kv_heads")
     share = slots * rows // model.layout.batch_shards * model.config.kv_heads // kv_shards

@@ -16,7 +16,7 @@ from tests.train.conftest import OPTIONS, examples
 
 import jora
 from jora.errors import InputError
-from jora.inference.generate import generate_tokens
+from jora.inference.tokens import generate_tokens
 from jora.methods.lopa import IDPG, InstancePrompt, LoPA
 from jora.methods.method import Adapter, State
 from jora.methods.prompt_tuning import PromptTuning

@@ -18,7 +18,7 @@ from tests.tiny import VOCAB, assert_close, logits, tiny, tokens
 import jora
 from jora.data.batches import Batches, BatchOptions, Tokenised
 from jora.errors import InputError
-from jora.inference.generate import generate_tokens
+from jora.inference.tokens import generate_tokens
 from jora.methods.method import Adapter, State
 from jora.methods.prompt_tuning import PromptTuning
 from jora.models.model import Model

@@ -179,7 +179,7 @@ def test_real_gemma_logits(gemma):
 
 @pytest.mark.slow
 def test_real_gemma_greedy_tokens(gemma):
-    from jora.inference.generate import generate_tokens
+    from jora.inference.tokens import generate_tokens
 
     hf, model = gemma
     prompt = model.tokenizer("The three longest rivers of the world are")["input_ids"]

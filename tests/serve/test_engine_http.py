@@ -13,7 +13,7 @@ import httpx
 from tests.serve.bases import VOCAB, base
 
 from jora.data.chat import Template
-from jora.inference.generate import end_tokens
+from jora.inference.ends import end_tokens
 from jora.serve.async_engine import AsyncEngine
 from jora.serve.engine import Engine
 from jora.serve.http.app import create_app

@@ -12,7 +12,7 @@ from tests.serve.bases import base, greedy, hf_base, merged, randomised
 from tests.serve.engines import ask, prompt, run, tokens
 
 import jora
-from jora.inference.generate import generate_tokens
+from jora.inference.tokens import generate_tokens
 from jora.methods.method import Method
 from jora.models.config import LINEARS
 from jora.models.model import Model

@@ -203,7 +203,7 @@ def start_engine(
 def facts_of(engine: AsyncEngine, model: Model, memory: Memory) -> Facts:
     """What the app needs to know of the model."""
     from jora.data.chat import Template
-    from jora.inference.generate import end_tokens
+    from jora.inference.ends import end_tokens
     from jora.serve.ray.wire import Facts
 
     return Facts(

@@ -129,7 +129,8 @@ def length_buckets(lengths: Sequence[int], options: BatchOptions) -> list[int]:
     return sorted({_round_up(size, options.multiple) for size in sizes})
 
 
-def _answer_bucket(answers: int) -> int:
+def answer_bucket(answers: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds so many answer tokens of a row."""
     return ANSWER_BUCKETS[bisect_left(ANSWER_BUCKETS, answers)]
 
 
@@ -187,7 +188,7 @@ def _packed_steps(
 
 def _answer_sizes(steps: Sequence[tuple[int, list[Row]]], answers: Sequence[int]) -> list[int]:
     """Answer positions per row of each step; sizes that few steps use are merged into the next larger."""
-    sizes = [_answer_bucket(max(sum(answers[e] for e in row) for row in rows)) for _, rows in steps]
+    sizes = [answer_bucket(max(sum(answers[e] for e in row) for row in rows)) for _, rows in steps]
     for length in {length for length, _ in steps}:
         uses = Counter(n for n, (step_length, _) in zip(sizes, steps, strict=True) if step_length == length)
         ladder = sorted(uses)

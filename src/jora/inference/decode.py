@@ -55,14 +55,16 @@ def prefill(
     sampling: Sampling,
     ends: Int[Array, " e"],
     instance: Float[Array, "b h"] | None = None,
+    answers: head.Answers | None = None,
     *,
     program: Program,
     slots: int,
-) -> tuple[Stream, Int[Array, "b 1"]]:
-    """Read prompts, padded on the right, and choose each row's first token.
+) -> tuple[Stream, Int[Array, "b 1"], Float[Array, "b n"] | None]:
+    """Read prompts, padded on the right, and choose each row's first token; -log p of `answers`.
 
-    A row of length 0 only fills the batch: it has ended from the start. instance: a vector of each prompt, for
-    methods that ask for one.
+    A row may go on after its prompt (of `lengths` tokens) with an answer to score: what generation adds takes its
+    place in the cache. A row of length 0 only fills the batch: it has ended from the start. instance: a vector of each
+    prompt, for methods that ask for one.
     """
     config, layout, _ = program
     bound, rows = bind(program, state, instance)
@@ -74,7 +76,8 @@ def prefill(
     last_hidden = jnp.take_along_axis(hidden, at, axis=1)
     stream = Stream(filled.advance(lengths), lengths * 0, lengths == 0, lengths * 0)
     stream = _choose(last_hidden, stream, params, bound, rows, sampling, ends, program)
-    return stream, _shown(stream, lengths == 0)[:, None]
+    nll = None if answers is None else head.answer_loss(params, config, layout, hidden, answers, bound, rows)[1]
+    return stream, _shown(stream, lengths == 0)[:, None], nll
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="stream")

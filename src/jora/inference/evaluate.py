@@ -22,8 +22,9 @@ from jora.data.tokenise import tokenise_prompt
 from jora.errors import InputError
 from jora.files import atomic_write, check_no_directory
 from jora.inference.decode import Program, bind, ready, weights
-from jora.inference.generate import answer_texts
+from jora.inference.ends import end_tokens
 from jora.inference.metrics import score
+from jora.inference.tokens import generate_and_score
 from jora.methods.method import Adapter, State
 from jora.models import decoder
 from jora.models.head import Answers, answer_loss
@@ -72,11 +73,31 @@ class EvalResult:
         return {"examples": len(self.rows), **values}
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """Nats, summed over answer tokens, and how many these are."""
+
+    nats: float = 0.0
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, nll: np.ndarray) -> _Loss:
+        return cls(float(nll.sum(dtype=np.float64)), len(nll))
+
+    def __add__(self, other: _Loss) -> _Loss:
+        return _Loss(self.nats + other.nats, self.tokens + other.tokens)
+
+
 class _Prepared(NamedTuple):
-    """An example as it is used: its documents shortened, its prompt, and its turns with their answers."""
+    """An example as it is used: its documents shortened, its prompt, and its turns with their answers.
+
+    reference: the turn that goes on where the prompt ends, scored as the prompt is read. turns: the others. A template
+    that drops what earlier turns thought, say, has several.
+    """
 
     example: Example
     prompt: list[int]
+    reference: Tokenised | None
     turns: list[Tokenised]
 
 
@@ -124,17 +145,8 @@ def evaluate(
     prepared = [_prepare(example, template, longest - max_new_tokens) for example in examples]
     if shortened := sum(p.example is not e for p, e in zip(prepared, examples, strict=True)):
         reporter.note(f"{shortened} of {len(examples)} prompts shortened in their documents to {longest} tokens")
-    losses = _losses(model, prepared, adapter, batch_size, reporter)
-    texts = answer_texts(
-        model,
-        [p.prompt for p in prepared],
-        adapter,
-        template=template,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        reporter=reporter,
-    )
-    rows = [_row(p.example, t, nll, n) for p, t, (nll, n) in zip(prepared, texts, losses, strict=True)]
+    texts, losses = _answered(model, prepared, adapter, template, max_new_tokens, batch_size, reporter)
+    rows = [_row(p.example, text, loss) for p, text, loss in zip(prepared, texts, losses, strict=True)]
     result = _summarise(rows, losses)
     if out is not None:
         with atomic_write(out) as temporary:
@@ -146,7 +158,10 @@ def evaluate(
 def _prepare(example: Example, template: Template, prompt_limit: int) -> _Prepared:
     _references(example)
     prompt, used = tokenise_prompt(example, template, max_length=prompt_limit)
-    return _Prepared(used, prompt.tolist(), tokenise_example(used, template))
+    *turns, last = tokenise_example(used, template)
+    if np.array_equal(last.tokens[: len(prompt)], prompt) and last.loss[1:].any():
+        return _Prepared(used, prompt.tolist(), last, turns)
+    return _Prepared(used, prompt.tolist(), None, [*turns, last])
 
 
 def _references(example: Example) -> tuple[str, ...]:
@@ -165,7 +180,7 @@ def _question(example: Example) -> str:
     return asked[-1] if asked else example.prompt
 
 
-def _row(example: Example, text: str, nll: float, answer_tokens: int) -> EvalRow:
+def _row(example: Example, text: str, loss: _Loss) -> EvalRow:
     references = _references(example)
     scores = score(text, references, _texts_in_prompt(example))
     marked = raft_format.ANSWER in example.answer
@@ -175,8 +190,8 @@ def _row(example: Example, text: str, nll: float, answer_tokens: int) -> EvalRow
         prediction=text,
         answer=scores.answer,
         references=references,
-        loss=nll / answer_tokens,
-        answer_tokens=answer_tokens,
+        loss=loss.nats / loss.tokens,
+        answer_tokens=loss.tokens,
         exact_match=scores.exact_match,
         f1=scores.f1,
         quotes=scores.quotes,
@@ -193,13 +208,13 @@ def _texts_in_prompt(example: Example) -> list[str]:
     return [filled.prompt, *(m["content"] for m in filled.messages if m["role"] != "assistant")]
 
 
-def _summarise(rows: list[EvalRow], losses: list[tuple[float, int]]) -> EvalResult:
+def _summarise(rows: list[EvalRow], losses: list[_Loss]) -> EvalResult:
     def mean(name: str) -> float:
         return sum(float(getattr(row, name)) for row in rows) / len(rows)
 
     quotes = sum(row.quotes for row in rows)
     return EvalResult(
-        loss=sum(nll for nll, _ in losses) / sum(count for _, count in losses),
+        loss=sum(loss.nats for loss in losses) / sum(loss.tokens for loss in losses),
         exact_match=mean("exact_match"),
         f1=mean("f1"),
         quote_share=sum(row.quotes_found for row in rows) / quotes if quotes else None,
@@ -208,11 +223,38 @@ def _summarise(rows: list[EvalRow], losses: list[tuple[float, int]]) -> EvalResu
     )
 
 
+def _answered(
+    model: Model,
+    prepared: list[_Prepared],
+    adapter: Adapter | None,
+    template: Template,
+    max_new_tokens: int,
+    batch_size: int,
+    reporter: Reporter,
+) -> tuple[list[str], list[_Loss]]:
+    """What the model writes after each prompt, and the loss of the examples' own answers."""
+    alone = _losses(model, prepared, adapter, batch_size, reporter)
+    found = generate_and_score(
+        model,
+        [p.prompt for p in prepared],
+        adapter,
+        [p.reference for p in prepared],
+        ends=end_tokens(model, template),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        reporter=reporter,
+    )
+    texts = [template.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in found]
+    return texts, [own + _Loss.of(each.nll) for own, each in zip(alone, found, strict=True)]
+
+
 def _losses(
     model: Model, prepared: list[_Prepared], adapter: Adapter | None, batch_size: int, reporter: Reporter
-) -> list[tuple[float, int]]:
-    """(sum of nats, answer tokens) of each example."""
+) -> list[_Loss]:
+    """Of each example's turns that are not read with its prompt."""
     turns = [turn for p in prepared for turn in p.turns]
+    if not turns:
+        return [_Loss()] * len(prepared)
     origins = [index for index, p in enumerate(prepared) for _ in p.turns]
     method, state = model.parts_of(adapter)
     reserved = 0 if method is None else method.prompt_slots
@@ -243,7 +285,7 @@ def _losses(
         done += len(step.rows)
         reporter.update(done)
     reporter.finish(loss=float(totals.sum() / counts.sum()))
-    return list(zip(totals.tolist(), counts.tolist(), strict=True))
+    return [_Loss(nats, count) for nats, count in zip(totals.tolist(), counts.tolist(), strict=True)]
 
 
 @partial(jax.jit, static_argnames="program")

@@ -13,7 +13,7 @@ import numpy as np
 
 from jora.data.chat import Template
 from jora.errors import InputError
-from jora.inference.generate import end_tokens
+from jora.inference.ends import end_tokens
 from jora.models.model import Model
 from jora.reporting import SILENT, Reporter
 from jora.serve import memory
