@@ -61,6 +61,21 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "build_data", build_data)
 
 
+def test_the_questions_it_asks_come_from_everywhere():
+    """Enough of them, once each, and topics that only the held-out part has."""
+    asked = {
+        split: demo.spread(python_docs.resolve(python_docs.load_questions(split)).questions, most)
+        for split, most in demo.QUESTIONS.items()
+    }
+    assert len(asked["train"]) >= 150 and len(asked["heldout"]) >= 50
+    assert all(len({q.question for q in questions}) == len(questions) for questions in asked.values())
+    trained = {question.topic for question in asked["train"]}
+    everything = {question.topic for question in python_docs.load_questions("train")}
+    assert len({question.topic for question in asked["heldout"]} - everything) >= 15
+    assert len(trained) > 0.9 * len(everything)
+    assert demo.spread("abc", 9) == ["a", "b", "c"]
+
+
 @pytest.mark.slow
 def test_the_whole_demo_over_two_devices(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "prepare_model", lambda reporter: tiny)
