@@ -5,6 +5,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Most of what tests do is to compile small programs: without LLVM's optimisation they take two thirds of the time.
+# `make test-slow` and pytest by hand compile as users do.
+TEST_XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
 # The tests' oracle; installed on its own first, so that a CPU build is taken where pip knows one.
 TORCH ?= torch==2.13.0
 
@@ -51,7 +54,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/jora demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	XLA_FLAGS="$(TEST_XLA_FLAGS)" $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)

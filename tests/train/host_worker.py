@@ -16,6 +16,7 @@ import numpy as np
 
 import jora
 from jora.data.batches import Tokenised
+from jora.methods.full import Full
 from jora.sharding import hosts, parse_mesh
 from jora.train import TrainOptions
 
@@ -49,11 +50,11 @@ def main(task: dict[str, Any]) -> None:
     try:
         jora.train(
             model,
-            task["adapter"],
+            task["adapter"] or Full(),
             examples(task["data"]),
             out=task["out"],
             options=TrainOptions(**task["options"]),
-            eval_data=examples(task["eval_data"]),
+            eval_data=examples(task["eval_data"]) if task["eval_data"] else None,
             reporter=Interrupting(task["interrupt"]),
         )
     except KeyboardInterrupt:

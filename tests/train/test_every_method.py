@@ -20,7 +20,7 @@ import jora
 from jora.data.formats import parse_example
 from jora.errors import InputError
 from jora.inference import evaluate as evaluation
-from jora.inference import generate as generation
+from jora.inference import tokens as generation
 from jora.inference.evaluate import EvalResult, evaluate
 from jora.methods import registry
 from jora.methods.method import Method

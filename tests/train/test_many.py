@@ -46,7 +46,9 @@ JOBS = [
         name="shorter",
         data=examples(9, seed=1),
         method=dataclasses.replace(METHOD, alpha=5.0),
-        options=change(max_steps=3, learning_rate=1e-2, schedule="linear", warmup=0.4, seed=7, max_grad_norm=0.3),
+        options=change(
+            max_steps=3, learning_rate=1e-2, schedule="linear", warmup=0.4, seed=7, max_grad_norm=0.3, epsilon=1e-6
+        ),
     ),
     Job(name="diverging", data=examples(12, seed=2), method=METHOD, options=change(learning_rate=3e38)),
     Job(name="last", data=examples(12, seed=3), method=dataclasses.replace(METHOD, alpha=7.0), options=change(seed=9)),
@@ -95,11 +97,11 @@ def losses(history: list[dict[str, Any]], name: str = "loss") -> list[float]:
 
 
 def assert_close(found: Any, expected: Any) -> None:
-    """Each array to 1e-5 of its norm."""
+    """Each array to 3e-6 of its norm: what is asked for is 1e-5, what fp32 needs is 1e-6."""
     ours, theirs = factors(found), factors(expected)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert np.linalg.norm(ours[name] - value) <= 1e-5 * np.linalg.norm(value), name
+        assert np.linalg.norm(ours[name] - value) <= 3e-6 * np.linalg.norm(value), name
 
 
 @pytest.mark.parametrize("name", ["first", "shorter", "last", "evaluated"])

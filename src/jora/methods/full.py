@@ -25,6 +25,7 @@ from jora.models.loading import fingerprint
 from jora.models.params import Layers, Params, map_params
 from jora.models.saving import save_model
 from jora.models.source import SafetensorsSource
+from jora.sharding import hosts
 
 if TYPE_CHECKING:
     from jora.methods.served import Served
@@ -89,6 +90,7 @@ class Full(Method):
         """The model itself, in RUN/model; `model` then is that one."""
         directory = run / "model"
         save_model(model, directory)
+        hosts.barrier("the model is written")
         identity = {"name": str(directory), "fingerprint": fingerprint(SafetensorsSource(directory), model.config)}
         model.path, model.identity = str(directory), identity
         return directory

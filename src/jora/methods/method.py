@@ -130,7 +130,9 @@ class Method(ABC):
         return leaf_entries(adapter.state.trained)
 
     def save_result(self, adapter: Adapter, model: Any, run: Path) -> Path:
-        """Write what a run in the directory `run` gave, and say where."""
+        """Write what a run in the directory `run` gave, and say where. Of several hosts the first calls it; all, if
+        the method trains `in_place`.
+        """
         from jora.methods.storage import save_adapter
 
         save_adapter(adapter, run / "adapter")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jora.errors import InputError
@@ -28,7 +29,7 @@ from jora.models.safetensors_file import MAX_SHARD_BYTES, Entry, write_sharded
 from jora.models.tensors import TensorSpec, bias_specs, norm_specs, top_specs, weight_specs
 from jora.quant import HostTensor, QuantisedWeight, host_type
 from jora.reporting import SILENT, Reporter
-from jora.sharding import Layout
+from jora.sharding import Layout, hosts
 
 BLOCK = 4 << 20  # bytes of fp32 handled at a time
 
@@ -118,9 +119,17 @@ def device_tensors(params: Params, config: ModelConfig) -> Iterator[DeviceTensor
 
 
 def read_box(array: Array, layer: int | None, bounds: list[tuple[int, int]]) -> np.ndarray:
-    """A box of an array (of one layer of a stack), taken from whichever devices hold it."""
-    out = np.empty([stop - start for start, stop in bounds], array.dtype)
+    """A box of an array (of one layer of a stack), taken from whichever devices hold it.
+
+    Where some are another process's, all processes must ask for it.
+    """
     lead = () if layer is None else (layer,)
+    if not array.is_fully_addressable:
+        assert isinstance(array.sharding, NamedSharding)
+        begin = np.array([*lead, *(start for start, _ in bounds)], np.int32)
+        box = _slice_for_all(array.sharding.mesh)(array, begin, (*(1 for _ in lead), *(b - a for a, b in bounds)))
+        return np.asarray(box).reshape(box.shape[len(lead) :])
+    out = np.empty([stop - start for start, stop in bounds], array.dtype)
     seen = set()
     for shard in array.addressable_shards:
         held = [s.indices(size)[:2] for s, size in zip(shard.index, array.shape, strict=True)][len(lead) :]
@@ -132,14 +141,20 @@ def read_box(array: Array, layer: int | None, bounds: list[tuple[int, int]]) -> 
         sizes = (*(1 for _ in lead), *(b - a for a, b in both))
         target = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, bounds, strict=True))
         out[target] = np.asarray(_slice(shard.data, np.array(starts, np.int32), sizes)).reshape(sizes[len(lead) :])
-    if sum(math.prod(b - a for a, b in box) for box in seen) != out.size:
-        raise InputError("saving: parts of the model are on devices of another process; save it where all of it is")
     return out
 
 
-@partial(jax.jit, static_argnums=2)
-def _slice(x: Array, starts: Array, sizes: tuple[int, ...]) -> Array:
+def _slice_of(x: Array, starts: Array, sizes: tuple[int, ...]) -> Array:
     return jax.lax.dynamic_slice(x, tuple(starts), sizes)
+
+
+_slice = jax.jit(_slice_of, static_argnums=2)
+
+
+@lru_cache(maxsize=1)
+def _slice_for_all(mesh: Mesh) -> Callable[[Array, Any, tuple[int, ...]], Array]:
+    """`_slice` whose result every device has."""
+    return jax.jit(_slice_of, static_argnums=2, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def save_model(
@@ -152,16 +167,20 @@ def save_model(
     """Write a Hugging Face model directory in the model's dtype: weights, config.json, tokenizer.
 
     Quantised weights are written as bitsandbytes and transformers write them, the same from every mesh.
-    An existing model directory is replaced when the new one is whole. Raises InputError for an existing
-    directory that is no model's.
+    An existing model directory is replaced when the new one is whole. Over several hosts all must call it, and the
+    first writes. Raises InputError for an existing directory that is no model's.
     """
     dtype, hf_config = np.dtype(model.dtype), dict(model.hf_config)
     if model.quant is not None:
         hf_config["quantization_config"] = host_type(model.quant).quantization_config(dtype.name)
         hf_config[FINGERPRINT] = model.identity["fingerprint"]
+    entries = _entries(list(device_tensors(model.params, model.config)), dtype)
+    if not hosts.first():
+        _give(entries)
+        return
     write_model(
         directory,
-        _entries(list(device_tensors(model.params, model.config)), dtype),
+        entries,
         dtype=dtype,
         hf_config=hf_config,
         source=Path(model.path),
@@ -169,6 +188,13 @@ def save_model(
         max_shard_bytes=max_shard_bytes,
         reporter=reporter,
     )
+
+
+def _give(entries: Iterable[Entry]) -> None:
+    """This host's part of all that the first one writes, in its order."""
+    for entry in entries:
+        for _ in entry.blocks():
+            pass
 
 
 def _entries(tensors: list[DeviceTensor], dtype: np.dtype) -> Iterator[Entry]:

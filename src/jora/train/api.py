@@ -89,8 +89,6 @@ def train(
 
 def _check_hosts(adapter: Adapter, model: Model) -> None:
     """Raise InputError for a method that needs all of the model in one process."""
-    name = adapter.method.name
-    if adapter.method.in_place:
-        raise InputError(f"method {name} over several hosts: a model whose parts they share cannot be written yet")
     if adapter.method.instance_width(model.config):
+        name = adapter.method.name
         raise InputError(f"method {name} over several hosts: the vectors of prompts are made in one process only")

@@ -301,14 +301,19 @@ class Run:
             self._restore(progress.best_step)
         adapter = dataclasses.replace(self.adapter, state=State(self.state.trained, self.constant))
         self._hand_back()
-        readable = dataclasses.replace(adapter, state=hosts.whole(adapter.state))
-        if hosts.first():
-            written = adapter.method.save_result(readable, self.model, self.directory)
-            self.reporter.note(f"{written.name} of step {int(self.state.step)} in {written}")
-        hosts.barrier("the result is written")
+        self._save_result(adapter)
         return TrainResult(
             adapter, self.metrics.history, self.directory, progress.step, progress.best_step, progress.best_loss
         )
+
+    def _save_result(self, adapter: Adapter) -> None:
+        """An adapter, by the first host; a model, of which each host has a part, by all."""
+        if not adapter.method.in_place:
+            adapter = dataclasses.replace(adapter, state=hosts.whole(adapter.state))
+        if adapter.method.in_place or hosts.first():
+            written = adapter.method.save_result(adapter, self.model, self.directory)
+            self.reporter.note(f"{written.name} of step {int(self.state.step)} in {written}")
+        hosts.barrier("the result is written")
 
 
 def _count(batches: list[Batch]) -> tuple[int, int]:

@@ -173,7 +173,7 @@ class ManyRun:
         found = []
         for k in kinds:
             # A place without a job: nothing in it moves.
-            values = [(False, 0, 0.0, 0.9, 0.999, 1e-8, 0.0, math.inf)] * self.groups[k].kind.jobs
+            values = [(False, 0, 0.0, 0.9, 0.999, 0.1, 0.001, 1e-8, 0.0, math.inf)] * self.groups[k].kind.jobs
             for job in running:
                 if job.kind == k:
                     values[job.place] = job.settings()

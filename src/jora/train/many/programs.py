@@ -24,7 +24,7 @@ from jora.train.remat import choose_remat
 from jora.train.step import Program, TrainState
 
 # Dtypes of `Settings`, in its order.
-SETTING_TYPES = (np.bool_, np.uint32, *(np.float32,) * 6)
+SETTING_TYPES = (np.bool_, np.uint32, *(np.float32,) * 8)
 
 
 class BankPrograms:

@@ -67,7 +67,8 @@ class Running:
         """What the next step is told about it, in the order of `step.Settings`."""
         o = self.options
         rate = float(learning_rate(self.progress.step, o, self.total))
-        return (True, o.seed, rate, o.beta1, o.beta2, o.epsilon, o.weight_decay, o.max_grad_norm or math.inf)
+        betas = (o.beta1, o.beta2, 1 - o.beta1, 1 - o.beta2)
+        return (True, o.seed, rate, *betas, o.epsilon, o.weight_decay, o.max_grad_norm or math.inf)
 
     def advance(self) -> None:
         """One more step was started."""

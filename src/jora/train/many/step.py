@@ -41,13 +41,19 @@ class KindState(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a step is told about each job of one kind."""
+    """What a step is told about each job of one kind.
+
+    rest1, rest2: 1 - beta1 and 1 - beta2, subtracted in double precision as optax has them: in fp32 1 - 0.999 is off by
+    1e-5.
+    """
 
     active: Bool[Any, " j"]  # has rows in this batch
     seed: UInt32[Any, " j"]
     learning_rate: Float[Any, " j"]
     beta1: Float[Any, " j"]
     beta2: Float[Any, " j"]
+    rest1: Float[Any, " j"]
+    rest2: Float[Any, " j"]
     epsilon: Float[Any, " j"]
     weight_decay: Float[Any, " j"]
     max_grad_norm: Float[Any, " j"]  # infinity: no clipping
@@ -188,8 +194,8 @@ def _adamw(
     def kept(new: Array, old: Array) -> Array:
         return jnp.where(moves, new, old)
 
-    mu = jax.tree.map(lambda g, m: kept((1 - s.beta1) * (g * clip) + s.beta1 * m, m), gradients, moments.mu)
-    nu = jax.tree.map(lambda g, v: kept((1 - s.beta2) * jnp.square(g * clip) + s.beta2 * v, v), gradients, moments.nu)
+    mu = jax.tree.map(lambda g, m: kept(s.rest1 * (g * clip) + s.beta1 * m, m), gradients, moments.mu)
+    nu = jax.tree.map(lambda g, v: kept(s.rest2 * jnp.square(g * clip) + s.beta2 * v, v), gradients, moments.nu)
     mu_share, nu_share = 1 - s.beta1**count, 1 - s.beta2**count
 
     def moved(p: Array, m: Array, v: Array, rate: float) -> Array:
