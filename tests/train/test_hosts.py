@@ -38,7 +38,7 @@ MESH = "fsdp=2,tensor=2"
 def test_where_hosts_meet() -> None:
     assert parse_hosts("auto") == Hosts()
     assert parse_hosts("10.0.0.1:8476,1,2") == Hosts("10.0.0.1:8476", 1, 2)
-    for text in ("10.0.0.1:8476", "10.0.0.1,0,2", "a:1,x,2", "a:1,0"):
+    for text in ("10.0.0.1:8476", "10.0.0.1,0,2", "a:1,x,2", "a:1,0", "a:b,0,2"):
         with pytest.raises(InputError, match=r"write auto, or HOST:PORT,INDEX,COUNT"):
             parse_hosts(text)
     with pytest.raises(InputError, match="of 2 hosts it is at most 1"):
@@ -54,6 +54,18 @@ def test_the_command_reads_them_before_anything_else(tmp_path: Path) -> None:
 def test_a_mesh_that_hosts_do_not_divide() -> None:
     with pytest.raises(InputError, match="its 4 devices cannot be shared by 3 hosts"):
         start_hosts(Hosts("127.0.0.1:1", 0, 3), MeshSpec(fsdp=2, tensor=2))
+
+
+def test_a_first_host_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jora.sharding.hosts.PATIENCE", 0.3)
+    devices = jax.config.jax_num_cpu_devices
+    try:
+        with pytest.raises(
+            InputError, match=r"nobody answers at 127\.0\.0\.1:\d+ \(Connection refused\): start the same"
+        ):
+            start_hosts(Hosts(address(), 1, 2), MeshSpec(fsdp=2 * devices))
+    finally:
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 @pytest.mark.parametrize("method", [LoPA(), IDPG()], ids=lambda method: method.name)

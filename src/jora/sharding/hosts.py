@@ -8,6 +8,8 @@ own shards). With one process everything here does nothing.
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jora.errors import InputError
 from jora.files import atomic_directory, beside
 from jora.sharding.mesh import MeshSpec
+
+PATIENCE = 300.0  # s to wait for the first host
 
 
 class Hosts(NamedTuple):
@@ -35,7 +39,8 @@ def parse_hosts(text: str) -> Hosts:
     if text == "auto":
         return Hosts()
     parts = text.split(",")
-    if len(parts) != 3 or ":" not in parts[0] or not (parts[1].isdigit() and parts[2].isdigit()):
+    port = parts[0].rpartition(":")[2]
+    if len(parts) != 3 or ":" not in parts[0] or not all(number.isdigit() for number in (port, *parts[1:])):
         raise InputError(f"hosts {text!r}: write auto, or HOST:PORT,INDEX,COUNT like 10.0.0.1:8476,0,2")
     index, count = int(parts[1]), int(parts[2])
     if index >= count:
@@ -47,13 +52,16 @@ def start_hosts(hosts: Hosts, mesh: MeshSpec) -> None:
     """Meet the other processes; call it before anything else uses jax's devices.
 
     Where the only platform is the CPU each process simulates its share of the mesh's devices. Raises InputError for a
-    mesh that the processes do not divide, where no cluster says how they meet, and where jax is in use already. Where
-    the others do not come within five minutes jax ends the process itself, with messages of its own.
+    mesh that the processes do not divide, where no cluster says how they meet, where jax is in use already, and where
+    the first cannot be reached within `PATIENCE`. Where it is the others that do not come, jax ends the process itself
+    after five minutes, with messages of its own.
     """
     if hosts.processes is not None:
         if mesh.devices % hosts.processes:
             raise InputError(f"mesh {mesh}: its {mesh.devices} devices cannot be shared by {hosts.processes} hosts")
         jax.config.update("jax_num_cpu_devices", mesh.devices // hosts.processes)
+    if hosts.coordinator is not None and hosts.process:
+        _reach(hosts.coordinator)
     try:
         jax.distributed.initialize(hosts.coordinator, hosts.processes, hosts.process)
     except (RuntimeError, ValueError) as error:
@@ -62,6 +70,23 @@ def start_hosts(hosts: Hosts, mesh: MeshSpec) -> None:
             f"the hosts cannot meet ({reason}): start the same command on each, with the address of the first, its"
             " own index and their number"
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Wait until the first process listens: jax would end this one without a word about the address."""
+    host, port = address.rsplit(":", 1)
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"hosts: nobody answers at {address} ({error.strerror or error}): start the same command on the"
+                    " first host, with INDEX 0, and see that this port of it can be reached from here"
+                ) from error
+        time.sleep(0.2)
 
 
 def several() -> bool:

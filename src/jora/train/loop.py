@@ -159,6 +159,8 @@ class Run:
         params = self.adapter.method.rest(abstract_params_of(self.model))
         programs = Programs(program, self.abstract, self.abstract_constant, params, self.options)
         remat: Remat
+        evaluations = self.evaluation.shapes() if self.evaluation else ()
+        self.reporter.start(len(shapes) + len(evaluations), "compiling, programs")
         if self.options.remat != "auto":
             remat = self.options.remat
         elif saved is not None:
@@ -170,7 +172,8 @@ class Run:
             )
             self.reporter.note(f"rematerialisation: {remat}")
         programs.program = program._replace(remat=remat)
-        programs.compile_all(shapes, self.evaluation.shapes() if self.evaluation else (), self.reporter)
+        programs.compile_all(shapes, evaluations, self.reporter)
+        self.reporter.finish()
         return programs, remat
 
     def _train(self) -> None:

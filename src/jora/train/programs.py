@@ -66,8 +66,10 @@ class Programs:
         )
 
     def compile_all(self, train: Sequence[Shape], evaluate: Sequence[Shape], reporter: Reporter) -> None:
-        """Compile every shape, the largest first: what does not fit is refused (InputError) before any work is done."""
-        reporter.start(len(train) + len(evaluate), "compiling, programs")
+        """Compile every shape, the largest first: what does not fit is refused (InputError) before any work is done.
+
+        reporter: told how many are done, of what the caller has started.
+        """
         for shape in train:
             self.train[shape] = self.compile_train(shape, self.program)
             if len(self.train) == 1:
@@ -76,7 +78,6 @@ class Programs:
         for shape in evaluate:
             self.evaluate[shape] = self.compile_evaluate(shape)
             reporter.update(len(self.train) + len(self.evaluate))
-        reporter.finish()
 
 
 def compile_lowered(lowered: Any, layout: Layout, deterministic: bool) -> Any:
