@@ -16,7 +16,7 @@ import numpy as np
 
 import jora
 from jora.data.batches import Tokenised
-from jora.methods.full import Full
+from jora.methods.registry import method_class
 from jora.sharding import hosts, parse_mesh
 from jora.train import TrainOptions
 
@@ -44,21 +44,23 @@ def examples(rows: list[list[list[int]]]) -> list[Tokenised]:
 
 
 def main(task: dict[str, Any]) -> None:
+    """`runs`: (directory, method, its options); without a method it is a directory of an adapter to go on with."""
     jax.config.update("jax_default_matmul_precision", "highest")
     hosts.start_hosts(hosts.parse_hosts(task["hosts"]), parse_mesh(task["mesh"]))
-    model = jora.load_model(task["model"], dtype="float32", mesh=task["mesh"])
-    try:
-        jora.train(
-            model,
-            task["adapter"] or Full(),
-            examples(task["data"]),
-            out=task["out"],
-            options=TrainOptions(**task["options"]),
-            eval_data=examples(task["eval_data"]) if task["eval_data"] else None,
-            reporter=Interrupting(task["interrupt"]),
-        )
-    except KeyboardInterrupt:
-        print("interrupted")
+    for out, method, options in task["runs"]:
+        model = jora.load_model(task["model"], dtype="float32", mesh=task["mesh"])
+        try:
+            jora.train(
+                model,
+                method_class(method)(**options) if method else options,
+                examples(task["data"]),
+                out=out,
+                options=TrainOptions(**task["options"]),
+                eval_data=examples(task["eval_data"]) if task["eval_data"] else None,
+                reporter=Interrupting(task["interrupt"]),
+            )
+        except KeyboardInterrupt:
+            print("interrupted")
 
 
 if __name__ == "__main__":

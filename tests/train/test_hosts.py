@@ -24,6 +24,7 @@ from jora.errors import InputError
 from jora.methods.full import Full
 from jora.methods.lopa import IDPG, LoPA
 from jora.methods.lora import LoRA
+from jora.methods.registry import method_class
 from jora.methods.storage import save_adapter
 from jora.models.model import load_model
 from jora.sharding import MeshSpec
@@ -147,6 +148,12 @@ def adapter(run: Path) -> dict[str, np.ndarray]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+
 def losses(run: Path) -> list[float]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line.get("loss", line.get("eval_loss")) for line in lines]
@@ -161,23 +168,22 @@ def test_two_hosts_train_what_one_does(tmp_path: Path) -> None:
     save_adapter(LoRA(rank=4, dropout=0.1, targets="all-linear").init(model, jax.random.key(0)), begin)
     chosen, data, held_out = options(max_steps=8, eval_every=4, save_every=100), examples(10), examples(4, seed=7)
     train(model, begin, data, out=one, options=chosen, eval_data=held_out)
-    task: dict[str, Any] = {"model": path, "adapter": str(begin), "interrupt": None}
+    task: dict[str, Any] = {"model": path, "interrupt": None}
     task |= {"data": listed(data), "eval_data": listed(held_out), "options": dataclasses.asdict(chosen)}
-    run(tmp_path, **task, out=str(two))
+    run(tmp_path, **task, runs=[(str(two), None, str(begin))])
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
     ours, theirs = adapter(two), adapter(one)
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
+    assert_close(ours, theirs)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
     assert len(losses(two)) == 10
 
-    printed = run(tmp_path, **task | {"interrupt": 2}, out=str(resumed))
+    again = [(str(resumed), None, str(begin))]
+    printed = run(tmp_path, **task | {"interrupt": 2}, runs=again)
     assert all("interrupted" in text for text in printed)
     assert not (resumed / "adapter").exists()
     assert [path.name for path in (resumed / "checkpoints").iterdir()] == ["step-00000004"]
     task["options"]["resume"] = True
-    run(tmp_path, **task, out=str(resumed))
+    run(tmp_path, **task, runs=again)
     assert losses(resumed) == losses(two)
     for name, value in adapter(resumed).items():
         np.testing.assert_array_equal(value, ours[name], err_msg=name)
@@ -192,12 +198,35 @@ def test_two_hosts_train_a_model(optimizer: Any, tmp_path: Path) -> None:
         max_steps=3, learning_rate=1e-3, optimizer=optimizer, galore_rank=8, layerwise=optimizer != "adamw"
     )
     train(load_model(path, dtype="float32", mesh=MESH), Full(), examples(6), out=one, options=chosen)
-    task: dict[str, Any] = {"model": path, "adapter": None, "interrupt": None, "eval_data": None}
+    task: dict[str, Any] = {"model": path, "interrupt": None, "eval_data": None}
     task |= {"data": listed(examples(6)), "options": dataclasses.asdict(chosen)}
-    run(tmp_path, **task, out=str(two))
+    run(tmp_path, **task, runs=[(str(two), "full", {})])
     assert sorted(p.name for p in (two / "model").iterdir()) == sorted(p.name for p in (one / "model").iterdir())
     ours, theirs, before = (load_file(p / "model.safetensors") for p in (two / "model", one / "model", Path(path)))
-    for name, value in theirs.items():
-        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
+    assert_close(ours, theirs)
     assert sum(np.abs(value - before[name]).max() > 1e-4 for name, value in ours.items()) > 0.9 * len(before)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+
+
+METHODS: dict[str, dict[str, Any]] = {  # what each does with a base of which a host has a part
+    "dora": dict(rank=3),  # takes norms of its weights in every step
+    "pissa": dict(rank=2),  # decomposes its weights
+    "nola": dict(rank=4, bases=8),  # draws each shard of its bases
+    "flora": dict(rank=1),  # scales its products
+    "prompt-tuning": dict(prompt_tokens=3),  # begins with some of its embeddings
+    "lora": dict(rank=2, modules_to_save=["norm"], trainable_token_indices=[3, 4]),  # trains copies of its weights
+}
+
+
+@pytest.mark.slow
+def test_two_hosts_train_every_method(tmp_path: Path) -> None:
+    path, one, two = str(tiny("llama2")[1]), tmp_path / "one", tmp_path / "two"
+    # Of a gradient that is next to nothing AdamW takes the sign, which rounding may turn: not so with this epsilon.
+    chosen = options(max_steps=2, learning_rate=1e-2, epsilon=1e-4)
+    task: dict[str, Any] = {"model": path, "interrupt": None, "eval_data": None}
+    task |= {"data": listed(examples(6)), "options": dataclasses.asdict(chosen)}
+    run(tmp_path, **task, runs=[(str(two / name), name, given) for name, given in METHODS.items()])
+    for name, given in METHODS.items():
+        model = load_model(path, dtype="float32", mesh=MESH)
+        train(model, method_class(name)(**given), examples(6), out=one / name, options=chosen)
+        assert_close(adapter(two / name), adapter(one / name))

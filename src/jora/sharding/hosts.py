@@ -78,7 +78,7 @@ def _reach(address: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
