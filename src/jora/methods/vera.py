@@ -80,7 +80,7 @@ class VeRA(Method):
     it (and their shapes) share the matrices. The matrices are stored with the adapter: PEFT's generator is
     another one.
 
-    A learning rate some ten times LoRA's suits it (paper, appendix A).
+    It suits rates far above LoRA's: ten times in the paper (appendix A), more on little data (docs/methods.md).
     """
 
     rank: int = 256
