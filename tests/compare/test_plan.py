@@ -35,6 +35,9 @@ def write(tmp_path: Path):
     return write
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
 def test_a_plan_gives_a_config_for_each_run(write):
     plan = read_plan(write(PLAN))
     assert (plan.seeds, plan.eval_data, plan.evaluation) == ((3, 5), "eval.jsonl", Evaluation(max_new_tokens=8))
@@ -99,6 +102,13 @@ def test_a_plan_that_is_not_there():
 
 
 def test_the_example_is_a_plan_of_at_least_eight_methods():
-    plan = read_plan(Path(__file__).parents[2] / "examples" / "compare_python_docs.yaml")
+    plan = read_plan(EXAMPLES / "compare_python_docs.yaml")
     assert len({entry.options["method"] for entry in plan.entries}) >= 8
     assert plan.common["max_length"] == 512
+
+
+def test_other_rates_are_tried_at_the_same_budget():
+    plans = [read_plan(EXAMPLES / name) for name in ("compare_python_docs.yaml", "compare_rates.yaml")]
+    assert plans[0].common == plans[1].common and plans[0].evaluation == plans[1].evaluation
+    rates = [{(e.options["method"], e.options["learning_rate"]) for e in plan.entries} for plan in plans]
+    assert {method for method, _ in rates[1]} < {method for method, _ in rates[0]} and not rates[0] & rates[1]
