@@ -83,7 +83,9 @@ def test_the_whole_demo_over_two_devices(tiny, tmp_path, monkeypatch):
     out = tmp_path / "demo"
     earlier(out)  # whose place this one takes
     result = demo.run_demo(out, limit=8, mesh="tensor=2")
-    assert len(result.before.rows) == len(result.after.rows) == 8
+    resolved = python_docs.resolve(python_docs.load_questions("heldout")).questions
+    expected = [each.question for each in demo.spread(resolved, demo.QUESTIONS["heldout"])[:8]]
+    assert [row.question for row in result.before.rows] == [row.question for row in result.after.rows] == expected
     assert result.after.loss < result.before.loss  # a random model learns something from anything
     assert result.asked.tuned and result.asked.question and result.asked.documents
     assert len((out / "data" / "train.jsonl").read_text().splitlines()) == 8

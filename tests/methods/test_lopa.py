@@ -11,11 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tests.inference.characters import talking
 from tests.tiny import assert_close, logits, tiny, tokens
 from tests.train.conftest import OPTIONS, examples
 
 import jora
+from jora.data.batches import Tokenised, prompt_of
+from jora.data.chat import Template, tokenise_example
+from jora.data.formats import parse_example
 from jora.errors import InputError
+from jora.inference.evaluate import evaluate
 from jora.inference.tokens import generate_tokens
 from jora.methods.lopa import IDPG, InstancePrompt, LoPA
 from jora.methods.method import Adapter, State
@@ -202,6 +207,24 @@ def test_a_row_does_not_depend_on_its_batch(model: Model) -> None:
             scores = hf(inputs_embeds=torch.cat([prefix, words], dim=1)).logits[0, 5 + len(prompt) :]
         assert scores.argmax(-1).tolist()[: len(new)] == new
     assert together[3] == together[4] == together[0]
+
+
+def test_the_loss_of_a_conversation_is_behind_the_prompt_of_training(tmp_path: Path) -> None:
+    """Training makes the soft prompt of what stands before the first answer, generation of all before the last."""
+    hf, model = talking("llama2", tmp_path)
+    adapter = trained(model, LoPA(**SMALL))
+    turns = [{"role": role, "content": f"{role} says {n}"} for n in "12" for role in ("user", "assistant")]
+    for messages in (turns, turns[:2]):
+        example = parse_example({"messages": messages})
+        ((ids, loss),) = tokenise_example(example, Template(model.tokenizer))
+        vector = adapter.method.instances(model, [prompt_of(Tokenised(ids, loss)).tolist()])
+        with torch.no_grad():
+            words = hf.get_input_embeddings()(torch.tensor(ids[None].astype(np.int64)))
+            scores = hf(inputs_embeds=torch.cat([torch.tensor(prefix_of(adapter, vector)), words], dim=1)).logits[0, 6:]
+        targets = np.flatnonzero(loss)
+        expected = torch.nn.functional.cross_entropy(scores[targets - 1], torch.tensor(ids[targets].astype(np.int64)))
+        found = evaluate(model, [example], adapter, max_new_tokens=2)
+        assert found.loss == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_logits_equal_transformers_behind_the_prompt(model: Model) -> None:

@@ -91,8 +91,8 @@ class _Loss:
 class _Prepared(NamedTuple):
     """An example as it is used: its documents shortened, its prompt, and its turns with their answers.
 
-    reference: the turn that goes on where the prompt ends, scored as the prompt is read. turns: the others. A template
-    that drops what earlier turns thought, say, has several.
+    reference: the turn whose first answer is that of the prompt, scored as the prompt is read. turns: the others, as
+    of a conversation with several answers: what training makes its soft prompt of ends earlier there.
     """
 
     example: Example
@@ -159,7 +159,7 @@ def _prepare(example: Example, template: Template, prompt_limit: int) -> _Prepar
     _references(example)
     prompt, used = tokenise_prompt(example, template, max_length=prompt_limit)
     *turns, last = tokenise_example(used, template)
-    if np.array_equal(last.tokens[: len(prompt)], prompt) and last.loss[1:].any():
+    if np.array_equal(prompt_of(last), prompt):
         return _Prepared(used, prompt.tolist(), last, turns)
     return _Prepared(used, prompt.tolist(), None, [*turns, last])
 
