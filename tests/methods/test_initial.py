@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from tests.methods.gradients import by_name
 from tests.methods.peft_oracle import base, peft_loaded
@@ -20,33 +21,44 @@ from jora.methods.storage import load_adapter, save_adapter
 
 TARGETS = ["q_proj", "down_proj"]
 RANKS = {"down_proj": 8}
+DRAWS = 24
 
 
-def ours(init: Any, **options: Any) -> dict[str, np.ndarray]:
+def ours(init: Any, seed: int = 0, **options: Any) -> dict[str, np.ndarray]:
     made = LoRA(rank=4, targets=TARGETS, rank_pattern=RANKS, init_lora_weights=init, **options)
-    adapter = made.init(base("llama3"), jax.random.key(0))
+    adapter = made.init(base("llama3"), jax.random.key(seed))
     return by_name(adapter, adapter.state.trained)
 
 
-def theirs(init: Any) -> dict[str, np.ndarray]:
+def theirs(init: Any, seed: int) -> dict[str, np.ndarray]:
     config = LoraConfig(r=4, target_modules=TARGETS, rank_pattern=RANKS, init_lora_weights=init)
-    model = get_peft_model(copy.deepcopy(tiny("llama3")[0]), config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(copy.deepcopy(tiny("llama3")[0]), config)
     return {n.replace(".default", ""): p.detach().numpy() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def pooled(draws: list[dict[str, np.ndarray]], target: str, part: str) -> np.ndarray:
+    """All elements of a target's factor, over layers and draws."""
+    return np.concatenate(
+        [a.ravel() for draw in draws for n, a in draw.items() if target in n and f"lora_{part}" in n]
+    )
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
 def test_drawn_as_peft_draws(init: Any) -> None:
-    """Spread and largest value, over the layers of a target; B = 0 but for orthogonal."""
-    found, expected = ours(init), theirs(init)
-    assert {n: a.shape for n, a in found.items()} == {n: a.shape for n, a in expected.items()}
+    """Size and shape of the distribution, over many draws; B = 0 but for orthogonal."""
+    found, expected = [ours(init, seed) for seed in range(DRAWS)], [theirs(init, seed) for seed in range(DRAWS)]
+    assert {n: a.shape for n, a in found[0].items()} == {n: a.shape for n, a in expected[0].items()}
+    quantiles = [0.25, 0.5, 0.75, 0.95]
     for target in TARGETS:
         for part in "AB":
-            mine, peft = (
-                np.concatenate([a.ravel() for n, a in side.items() if target in n and f"lora_{part}" in n])
-                for side in (found, expected)
+            mine, peft = pooled(found, target, part), pooled(expected, target, part)
+            # orthogonal draws few numbers and repeats them in every row: one standard deviation here is 1 %.
+            assert mine.std() == pytest.approx(peft.std(), rel=0.05)
+            np.testing.assert_allclose(
+                np.quantile(np.abs(mine), quantiles), np.quantile(np.abs(peft), quantiles), rtol=0.1
             )
-            assert mine.std() == pytest.approx(peft.std(), rel=0.15)
-            assert np.abs(mine).max() == pytest.approx(np.abs(peft).max(), rel=0.5)
 
 
 def test_orthogonal_factors_cancel() -> None:
