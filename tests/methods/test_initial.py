@@ -40,9 +40,7 @@ def theirs(init: Any, seed: int) -> dict[str, np.ndarray]:
 
 def pooled(draws: list[dict[str, np.ndarray]], target: str, part: str) -> np.ndarray:
     """All elements of a target's factor, over layers and draws."""
-    return np.concatenate(
-        [a.ravel() for draw in draws for n, a in draw.items() if target in n and f"lora_{part}" in n]
-    )
+    return np.concatenate([a.ravel() for draw in draws for n, a in draw.items() if target in n and f"lora_{part}" in n])
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jora.inference.sampling import Sampling, is_one_of, sample
+from jora.kernels import gpu_compiler
 from jora.methods.method import Adapter, State
 from jora.models import decoder, head
 from jora.models.adapted import BASE, Bound, Rows
@@ -46,7 +47,7 @@ class Stream(NamedTuple):
     made: Int[Array, " b"]  # tokens generated so far: keys a row's random draws
 
 
-@partial(jax.jit, static_argnames=("program", "slots"))
+@partial(jax.jit, static_argnames=("program", "slots"), compiler_options=gpu_compiler.OPTIONS)
 def prefill(
     params: Params,
     state: State | None,
@@ -80,7 +81,7 @@ def prefill(
     return stream, _shown(stream, lengths == 0)[:, None], nll
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="stream")
+@partial(jax.jit, static_argnames="program", donate_argnames="stream", compiler_options=gpu_compiler.OPTIONS)
 def decode(
     params: Params,
     state: State | None,

@@ -25,6 +25,7 @@ from jora.inference.decode import Program, bind, ready, weights
 from jora.inference.ends import end_tokens
 from jora.inference.metrics import score
 from jora.inference.tokens import generate_and_score
+from jora.kernels import gpu_compiler
 from jora.methods.method import Adapter, State
 from jora.models import decoder
 from jora.models.head import Answers, answer_loss
@@ -288,7 +289,7 @@ def _losses(
     return [_Loss(nats, count) for nats, count in zip(totals.tolist(), counts.tolist(), strict=True)]
 
 
-@partial(jax.jit, static_argnames="program")
+@partial(jax.jit, static_argnames="program", compiler_options=gpu_compiler.OPTIONS)
 def _answer_nll(
     params: Params,
     state: State | None,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jora.kernels.on_shards import Axes, on_shards
-from jora.kernels.widen import widen
+from jora.kernels.widen import product
 from jora.sharding import Layout
 from jora.sharding.layout import mesh_axes
 
@@ -55,9 +55,7 @@ def _local(x: Array, weight: Array, inputs: Array, outputs: Array, over: tuple[s
     own = x.ndim - 2
     scaled = (x[:, None].astype(jnp.float32) * inputs[:, :, None]).astype(x.dtype)  # [b, r, s, *in]
     contract = (tuple(range(3, 3 + own)), tuple(range(own)))
-    left, right = widen(scaled, weight)
-    terms = jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=jnp.float32)
-    terms = terms.astype(x.dtype).astype(jnp.float32)
+    terms = product(scaled, weight, contract, x.dtype).astype(jnp.float32)
     # Not jnp.sum: the CPU compiler of jax 0.10 fuses that with the product and may return what it never wrote.
     y = terms[:, 0] * outputs[:, 0, None]
     for j in range(1, inputs.shape[1]):

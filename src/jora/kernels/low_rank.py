@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jora.kernels.widen import widen
+from jora.kernels.widen import product
 from jora.sharding import Layout
 
 TOKENS = ((0, 1), (0, 1))  # contract rows and tokens of both operands
@@ -31,29 +31,23 @@ def low_rank(
 
 
 def _forward(x: Array, a: Array, b: Array, layout: Layout) -> tuple[Array, Any]:
-    inner = _product(x, a.astype(x.dtype), (_from(2, x.ndim), _from(0, a.ndim - 1)))
+    inner = product(x, a.astype(x.dtype), (_from(2, x.ndim), _from(0, a.ndim - 1)))
     inner = layout.constrain(inner.astype(x.dtype), "batch", None, None)
-    return _product(inner, b.astype(x.dtype), ((2,), (0,))).astype(x.dtype), (x, inner, a, b)
+    return product(inner, b.astype(x.dtype), ((2,), (0,)), x.dtype), (x, inner, a, b)
 
 
 def _backward(layout: Layout, saved: Any, gradient: Array) -> tuple[Array, Array, Array]:
     x, inner, a, b = saved
-    d_inner = _product(gradient, b.astype(x.dtype), (_from(2, gradient.ndim), _from(1, b.ndim)))
+    d_inner = product(gradient, b.astype(x.dtype), (_from(2, gradient.ndim), _from(1, b.ndim)))
     d_inner = layout.constrain(d_inner.astype(x.dtype), "batch", None, None)
-    d_b = _product(inner, gradient, TOKENS)
-    d_a = jnp.moveaxis(_product(d_inner, x, TOKENS), 0, -1)
-    d_x = _product(d_inner, a.astype(x.dtype), ((2,), (a.ndim - 1,)))
-    return d_x.astype(x.dtype), d_a.astype(a.dtype), d_b.astype(b.dtype)
+    d_b = product(inner, gradient, TOKENS)
+    d_a = jnp.moveaxis(product(d_inner, x, TOKENS), 0, -1)
+    d_x = product(d_inner, a.astype(x.dtype), ((2,), (a.ndim - 1,)), x.dtype)
+    return d_x, d_a.astype(a.dtype), d_b.astype(b.dtype)
 
 
 def _from(start: int, stop: int) -> tuple[int, ...]:
     return tuple(range(start, stop))
-
-
-def _product(x: Array, y: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
-    """Sum over the paired dimensions, in fp32."""
-    x, y = widen(x, y)
-    return jax.lax.dot_general(x, y, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
 low_rank.defvjp(_forward, _backward)

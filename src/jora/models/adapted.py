@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
+from jora.kernels.gpu_compiler import kept
 from jora.kernels.widen import widen
 from jora.quant import Pieces, QuantisedWeight
 from jora.sharding import Layout
@@ -40,6 +41,7 @@ class Site(NamedTuple):
     target: str
     layer: Int[Array, ""]
     shared: Any = None  # `Bound.shared`
+    beside: Mapping[str, Any] = {}  # the projections of this layer's targets
 
     def salt(self, seeds: UInt32[Array, " b"]) -> UInt32[Array, " b"]:
         """Row seeds made this site's own."""
@@ -182,4 +184,4 @@ BASE = Bound()
 
 def project(x: Array, dense: Dense, projection: Projection | None, site: Site, rows: Rows) -> Array:
     """One linear layer, adapted or not."""
-    return dense(x) if projection is None else projection.apply(x, dense, site, rows)
+    return kept(dense(x) if projection is None else projection.apply(x, dense, site, rows))

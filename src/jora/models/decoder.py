@@ -170,7 +170,7 @@ def _block(
 
     def linear(target: str, x: Array) -> Array:
         dense = dense_of(layer, target, context)
-        y = project(x, dense, adapters.get(target), Site(target, number, context.shared), context.rows)
+        y = project(x, dense, adapters.get(target), Site(target, number, context.shared, adapters), context.rows)
         if target in _TO_RESIDUAL:
             # Backward, both the weight and the adapter need the whole sequence: gather it once for both.
             y = context.layout.constrain_gradient(y, "batch", None, None)

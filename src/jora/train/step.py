@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jora.kernels import gpu_compiler
 from jora.kernels.counter_hash import fold_all
 from jora.methods.method import State
 from jora.models import decoder
@@ -117,7 +118,7 @@ def gradients(
     return jax.lax.scan(accumulate, zero, (batches, seeds))[0]
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="state")
+@partial(jax.jit, static_argnames="program", donate_argnames="state", compiler_options=gpu_compiler.OPTIONS)
 def train_step(
     state: TrainState,
     constant: Any,
@@ -150,7 +151,7 @@ def train_step(
     return new, {"loss": loss, "grad_norm": norm}
 
 
-@partial(jax.jit, static_argnames="program")
+@partial(jax.jit, static_argnames="program", compiler_options=gpu_compiler.OPTIONS)
 def eval_step(
     trained: Any, constant: Any, params: Params, batch: MicroBatches, *, program: Program
 ) -> tuple[Float[Array, ""], Float[Array, "b n"]]:

@@ -69,11 +69,14 @@ class Active:
         mask = ((self.owner >= 0) & (self.owner == numbers[:, None]))[:, None, None]
         u, v = (self.u, self.v) if expanded is not None else ({}, {})
         readers = {target: group for group in self.a for target in group}
+        held = {group[0]: a for group, a in self.a.items()}
         layers = {
-            target: ActiveProjection(self.b.get(target), u.get(target), v.get(target), readers.get(target, ()))
+            target: ActiveProjection(
+                held.get(target), self.b.get(target), u.get(target), v.get(target), readers.get(target, ())
+            )
             for target in dict.fromkeys([*self.b, *u])
         }
-        return Bound(layers, shared=Shared(self.a, mask, expanded, self.scales_bias))
+        return Bound(layers, shared=Shared(mask, expanded, self.scales_bias))
 
 
 K = TypeVar("K")

@@ -13,7 +13,6 @@ Shape legend: L layers, M readers, b rows, s tokens, R ranks, S vectors (1 + bas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -24,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jora.kernels.on_shards import on_shards
-from jora.kernels.widen import widen
+from jora.kernels.widen import product
 from jora.models.adapted import Dense, Rows, Site
 from jora.sharding import Layout
 from jora.sharding.layout import mesh_axes
@@ -41,9 +40,8 @@ class Expanded(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What the projections of all layers share in one step. a: `Active.a`."""
+    """What the projections of all layers share in one step."""
 
-    a: Mapping[tuple[str, ...], Float[Array, "L *in M R"]]
     mask: Bool[Array, "b 1 1 R"]
     expanded: Expanded | None
     scales_bias: Bool[Array, " S"]
@@ -54,9 +52,11 @@ class Shared(NamedTuple):
 class ActiveProjection:
     """One target's part; leaves gain a leading layer axis outside the scan. None: this form is not there.
 
-    readers: the targets that read what this one reads, and share its product with A; itself among them.
+    readers: the targets that read what this one reads, and share its product with A; itself among them. The first of
+    them holds A: like the weights it is cut by the scan (a GPU reads such slices in place, any other from a copy).
     """
 
+    a: Float[Array, "*in M R"] | None
     b: Float[Array, "R *out"] | None
     u: Float[Array, "S *in"] | None
     v: Float[Array, "S *out"] | None
@@ -71,11 +71,11 @@ class ActiveProjection:
         assert self.b is not None
         shared: Shared = site.shared
         # Every reader writes this product and its mask down, over the same arrays: the compiler keeps one of them.
-        a = jax.lax.dynamic_index_in_dim(shared.a[self.readers], site.layer, 0, keepdims=False)
+        a = site.beside[self.readers[0]].a
         contract = (tuple(range(2, x.ndim)), tuple(range(x.ndim - 2)))
-        inner = layout.constrain(_product(x, a, contract).astype(x.dtype), None, None, None, None)
+        inner = layout.constrain(product(x, a.astype(x.dtype), contract).astype(x.dtype), None, None, None, None)
         own = jnp.where(shared.mask, inner, 0)[:, :, self.readers.index(site.target)]
-        return _product(own, self.b, ((2,), (0,))).astype(x.dtype)
+        return product(own, self.b.astype(x.dtype), ((2,), (0,)), x.dtype)
 
     def _products(self, x: Float[Array, "b s *in"], dense: Dense, shared: Shared) -> Float[Array, "b s *out"]:
         """sum_j v_j * ((u_j * x) W), each weight read once, and the bias."""
@@ -85,7 +85,7 @@ class ActiveProjection:
         cut = tuple(None if axis == "embed" else axis for axis in dense.in_axes + dense.out_axes)
         into, out, layout = cut[: dense.inputs], cut[dense.inputs :], dense.layout
 
-        def product(x: Array, weight: Array, u: Array, v: Array) -> Array:
+        def scaled(x: Array, weight: Array, u: Array, v: Array) -> Array:
             over = mesh_axes(layout.spec(cut, weight.shape)[: dense.inputs]) if layout.devices > 1 else ()
             axes = ((None, None, *into), cut, (None, *into), (None, *out), (None,))
             shape = (*x.shape[:2], *weight.shape[dense.inputs :])
@@ -93,13 +93,13 @@ class ActiveProjection:
                 partial(_sum, over=over), layout, (x, weight, u, v, jnp.asarray(row)), axes, (None, None, *out), shape
             )
 
-        y = dense.with_weight(product, x, u, v)
+        y = dense.with_weight(scaled, x, u, v)
         if dense.bias is None:
             return y
-        scaled = jnp.where(
+        factor = jnp.where(
             shared.scales_bias[vector[: x.shape[0]]].reshape(-1, *(1,) * (v.ndim - 1)), v[: x.shape[0]], 1
         )
-        return y + (dense.bias * scaled[:, None]).astype(y.dtype)
+        return y + (dense.bias * factor[:, None]).astype(y.dtype)
 
 
 def _sum(x: Array, weight: Array, u: Array, v: Array, row: Array, over: tuple[str, ...]) -> Array:
@@ -107,7 +107,7 @@ def _sum(x: Array, weight: Array, u: Array, v: Array, row: Array, over: tuple[st
     rows, own = x.shape[0], x.ndim - 2
     wide = jnp.concatenate([x, x.at[row].get(mode="clip")]) if row.size else x
     scaled = (wide.astype(jnp.float32) * u[:, None]).astype(x.dtype)
-    terms = _product(scaled, weight, (tuple(range(2, 2 + own)), tuple(range(own)))).astype(x.dtype)
+    terms = product(scaled, weight, (tuple(range(2, 2 + own)), tuple(range(own))), x.dtype)
     # The CPU compiler of jax 0.10 fuses a product with what sums parts of it, and may return what it never wrote.
     terms = jax.lax.optimization_barrier(terms)
     terms = terms.astype(jnp.float32) * v[:, None]
@@ -116,9 +116,3 @@ def _sum(x: Array, weight: Array, u: Array, v: Array, row: Array, over: tuple[st
         y = y.at[row].add(terms[rows:], mode="drop")
     y = y.astype(x.dtype)
     return jax.lax.psum(y, over) if over else y
-
-
-def _product(x: Array, y: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
-    """Sum over the paired dimensions, in fp32."""
-    x, y = widen(x, y.astype(x.dtype))
-    return jax.lax.dot_general(x, y, (contract, ((), ())), preferred_element_type=jnp.float32)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jora.kernels import gpu_compiler
 from jora.models import decoder, head
 from jora.models.adapted import BASE, Bound, Rows
 from jora.models.config import ModelConfig
@@ -49,7 +50,7 @@ class SoftPrompt(NamedTuple):
     slots: Int[Array, ""]
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="pool")
+@partial(jax.jit, static_argnames="program", donate_argnames="pool", compiler_options=gpu_compiler.OPTIONS)
 def decode(
     params: Params,
     active: Active | None,
@@ -72,7 +73,7 @@ def decode(
     return pool, _logits(params, hidden, bound, program)[:, 0]
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="pool")
+@partial(jax.jit, static_argnames="program", donate_argnames="pool", compiler_options=gpu_compiler.OPTIONS)
 def prefill(
     params: Params,
     active: Active | None,

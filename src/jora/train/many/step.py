@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jora.kernels import gpu_compiler
 from jora.kernels.counter_hash import fold_all
 from jora.methods.bank import Bank, Kind, job_axes
 from jora.models.config import ModelConfig
@@ -97,7 +98,7 @@ def first_moments(trained: Any) -> Moments:
     return Moments(*(jax.tree.map(jnp.zeros_like, trained) for _ in range(2)))
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="states")
+@partial(jax.jit, static_argnames="program", donate_argnames="states", compiler_options=gpu_compiler.OPTIONS)
 def bank_step(
     states: tuple[KindState, ...],
     constants: tuple[Any, ...],
