@@ -31,6 +31,7 @@ from hlo_traffic import loop_bodies
 from jax.experimental import topologies
 
 from jora.models.families import config_from_hf
+from jora.sharding import parse_mesh
 from jora.sharding.layout import make_layout
 from jora.train.memory import ProgramMemory
 
@@ -78,12 +79,14 @@ def main() -> None:
     parser.add_argument("--remat", default="selective", choices=["none", "selective", "full"], help="of the LoRA step")
     parser.add_argument("--quant", choices=["int8", "nf4"], help="the base of the LoRA and decode steps")
     parser.add_argument("--projection", default="bfloat16", choices=["bfloat16", "int8"], help="P of GaLore")
+    parser.add_argument("--mesh", help="like tensor=4: so many H200 of one host")
     parser.add_argument("--xla", nargs="+", type=xla_option, default=[], metavar="NAME=VALUE")
     parser.add_argument("--hlo", type=Path, metavar="DIR", help="write each optimised module there")
     given = parser.parse_args()
     jax.devices()  # makes the CUDA plugin known
-    described = topologies.get_topology_desc("", "cuda", target_config=H200, topology="1x1x1")
-    layout, config = make_layout(1, 1, 1, 1, described.devices), config_from_hf(llama(False))
+    config, mesh = config_from_hf(llama(False)), parse_mesh(given.mesh)
+    described = topologies.get_topology_desc("", "cuda", target_config=H200, topology=f"1x1x{mesh.devices}")
+    layout = make_layout(mesh.data, mesh.fsdp, mesh.tensor, 1, described.devices)
     programs = {
         "train": lambda: lora_step(config, layout, given.tokens, given.remat, given.quant),
         "decode": lambda: decode_step(config, layout, given.quant),
