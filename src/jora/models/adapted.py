@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from jora.kernels.gpu_compiler import kept
-from jora.kernels.widen import widen
+from jora.kernels.widen import product
 from jora.quant import Pieces, QuantisedWeight
 from jora.sharding import Layout
 from jora.sharding.layout import mesh_axes
@@ -139,13 +139,13 @@ class Dense:
 
 def _squares(w: Array, a: Array, b: Array, *, inputs: int) -> Float[Array, "*out"]:
     """Sums of squares of W + A B over these inputs, fp32: w [*in, *out], a [*in, r], b [r, *out]."""
-    own = tuple(range(inputs))
-    wide, narrow = widen(w, a.astype(w.dtype))
-    product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    mixed = product(narrow, wide, ((own, own), ((), ())))  # A^T W: [r, *out]
-    gram = jnp.tensordot(a, a, (own, own))
-    squares = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=own)
-    return squares + jnp.sum(b * (2 * mixed + jnp.tensordot(gram, b, 1)), axis=0)
+    out, rank = w.shape[inputs:], a.shape[-1]
+    # As matrices: for a sum over the rows of [in, heads, width] XLA:GPU transposes the stacks of all layers first.
+    a, b = a.reshape(-1, rank), b.reshape(rank, -1)
+    w = w.reshape(a.shape[0], b.shape[1])
+    mixed = product(a.astype(w.dtype), w, ((0,), (0,)))  # A^T W
+    squares = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=0)
+    return (squares + jnp.sum(b * (2 * mixed + (a.T @ a) @ b), axis=0)).reshape(out)
 
 
 @runtime_checkable

@@ -37,7 +37,7 @@ C = TypeVar("C", bound=KVCache | None)
 
 # "selective" keeps what feeds a matrix product's backward pass and recomputes only element-wise work and
 # attention scores. "full" keeps a layer's input alone. "none" leaves the choice to JAX.
-SAVED = ("q", "k", "v", "attention", "attention_out", "gate", "up", "mlp_out")
+SAVED = ("q", "k", "v", "attention", "attention_out", "gate", "up", "mlp_out", "column_norm")
 
 
 class Context(NamedTuple):
