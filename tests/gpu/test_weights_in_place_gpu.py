@@ -17,7 +17,8 @@ pytestmark = pytest.mark.gpu
 TOKENS = 64
 WIDTH, MLP = 4096, 16384  # only compiled: nothing of it is ever allocated
 WEIGHTS = 4 * WIDTH**2 + 3 * WIDTH * MLP  # of a layer
-SMALL = 0.2  # of the weights' bytes: what activations, adapters, norms and residuals may add
+SMALL = 0.2  # of the weights' bytes: what activations, adapters, norms and residuals may add to a training step
+DECODED = 0.08  # and to a decode step, where the adapters count as weights; a copy of every A would be as much again
 
 
 def config() -> ModelConfig:
@@ -53,6 +54,6 @@ def test_serving_reads_weights_and_adapters_once() -> None:
     (body,) = layers(decode_step(config(), single_device()))
     factors = ADAPTERS * RANK * (4 * 2 * WIDTH + 3 * (WIDTH + MLP))
     entries = WEIGHTS + factors
-    assert body.read < (1 + SMALL) * 2 * entries, body
-    assert body.written < SMALL * 2 * entries, body
-    assert body.flops < (1 + SMALL) * 2 * ROWS * entries, body
+    assert body.read < (1 + DECODED) * 2 * entries, body
+    assert body.written < DECODED * 2 * entries, body
+    assert body.flops < (1 + DECODED) * 2 * ROWS * entries, body
