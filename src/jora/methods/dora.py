@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jora.errors import InputError
@@ -77,8 +76,7 @@ def _norm(dense: Dense, a: Float[Array, "*in r"], b: Float[Array, "r *out"]) -> 
     into, out = outer[: dense.inputs], outer[dense.inputs :]
     constrain = dense.layout.constrain
     a, b = constrain(jax.lax.stop_gradient(a), *into, None), constrain(jax.lax.stop_gradient(b), None, *out)
-    norm = constrain(jax.lax.stop_gradient(dense.column_norm(a, b)), *out)
-    return checkpoint_name(norm, "column_norm")  # a number a feature, for which the backward pass would read W again
+    return constrain(jax.lax.stop_gradient(dense.column_norm(a, b)), *out)
 
 
 @dataclass(frozen=True)

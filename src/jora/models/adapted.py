@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
@@ -94,7 +95,8 @@ class Dense:
                 out_specs=PartitionSpec(*kept),
                 check_vma=False,
             )(weight, a, b)
-        return jnp.sqrt(jnp.maximum(squares, 0.0))
+        # A number a feature, for which the backward pass would read the weight again: kept (`decoder.SAVED`).
+        return checkpoint_name(jnp.sqrt(jnp.maximum(squares, 0.0)), "column_norm")
 
     def weight_of(self, dtype: Any = None) -> Float[Array, "..."]:
         """The dense weight [*in, *out] of this layer, cut as the base's are: nothing is collected over fsdp.
