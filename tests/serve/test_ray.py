@@ -113,7 +113,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
             assert process.stdout is not None
             address = next((line.split()[1] for line in process.stdout if line.startswith("at ")), None)
             assert address is not None, log.read_text()
-            with httpx.Client(base_url=address.removesuffix("/v1"), timeout=60) as http:
+            with httpx.Client(base_url=address.removesuffix("/v1"), timeout=180) as http:
                 wait_for(lambda: _ready(http), 10)
                 yield Serving(process, http, directory)
         finally:
