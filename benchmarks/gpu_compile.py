@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of libraries th
 
 import jax
 from galore_memory import paper_config
-from gpu_programs import decode_step, galore_step, lora_step
+from gpu_programs import METHODS, adapter_step, decode_step, galore_step
 from gpu_shapes import llama
 from hlo_traffic import loop_bodies
 from jax.experimental import topologies
@@ -75,9 +75,12 @@ def xla_option(text: str) -> tuple[str, bool | int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("programs", nargs="+", choices=["train", "decode", "galore"])
-    parser.add_argument("--tokens", type=int, default=512, help="of the LoRA step's row")
-    parser.add_argument("--remat", default="selective", choices=["none", "selective", "full"], help="of the LoRA step")
-    parser.add_argument("--quant", choices=["int8", "nf4"], help="the base of the LoRA and decode steps")
+    parser.add_argument("--tokens", type=int, default=512, help="of the training step's row")
+    parser.add_argument(
+        "--remat", default="selective", choices=["none", "selective", "full"], help="of the training step"
+    )
+    parser.add_argument("--method", default="lora", choices=METHODS, help="of the training step")
+    parser.add_argument("--quant", choices=["int8", "nf4"], help="the base of the training and decode steps")
     parser.add_argument("--projection", default="bfloat16", choices=["bfloat16", "int8"], help="P of GaLore")
     parser.add_argument("--mesh", help="like tensor=4: so many H200 of one host")
     parser.add_argument("--xla", nargs="+", type=xla_option, default=[], metavar="NAME=VALUE")
@@ -88,7 +91,7 @@ def main() -> None:
     described = topologies.get_topology_desc("", "cuda", target_config=H200, topology=f"1x1x{mesh.devices}")
     layout = make_layout(mesh.data, mesh.fsdp, mesh.tensor, 1, described.devices)
     programs = {
-        "train": lambda: lora_step(config, layout, given.tokens, given.remat, given.quant),
+        "train": lambda: adapter_step(config, layout, given.tokens, given.remat, given.method, given.quant),
         "decode": lambda: decode_step(config, layout, given.quant),
         "galore": lambda: galore_step(paper_config("7B"), layout, given.projection),
     }

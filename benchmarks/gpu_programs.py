@@ -24,11 +24,15 @@ ROWS, ADAPTERS, RANK, CONTEXT, PAGE, PAGES = 64, 64, 8, 1024, 16, 4096
 ANSWERS = 64
 
 
-def lora_step(config: ModelConfig, layout: Layout, tokens: int, remat: str, quant: Kind | None = None) -> Any:
+METHODS = {"lora": jora.LoRA, "dora": jora.DoRA, "pissa": jora.PiSSA}
+
+
+def adapter_step(
+    config: ModelConfig, layout: Layout, tokens: int, remat: str, method: str = "lora", quant: Kind | None = None
+) -> Any:
     """Rank 16 on all linears in fp32, one row, a bf16 base."""
     options = TrainOptions(max_length=tokens, batch_size=1)
-    method = jora.LoRA(rank=16, targets="all-linear")
-    programs = abstract_programs(config, layout, method, options, jnp.bfloat16, quant)
+    programs = abstract_programs(config, layout, METHODS[method](rank=16), options, jnp.bfloat16, quant)
     program = programs.program._replace(remat=remat)
     return programs.trace_train(Shape(1, tokens, min(ANSWERS, tokens)), program).lower()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from benchmarks.gpu_programs import ADAPTERS, RANK, ROWS, decode_step, lora_step
+from benchmarks.gpu_programs import ADAPTERS, RANK, ROWS, adapter_step, decode_step
 from benchmarks.hlo_traffic import Body, loop_bodies
 
 from jora.models.config import ModelConfig
 from jora.models.families import config_from_hf
 from jora.sharding import single_device
+from jora.train.memory import ProgramMemory
 
 pytestmark = pytest.mark.gpu
 
@@ -43,10 +44,21 @@ def assert_reads_weights(body: Body, tokens: int, times: float) -> None:
 @pytest.mark.parametrize("remat", ["none", "selective", "full"])
 def test_a_step_reads_each_weight_once_a_product(remat: str) -> None:
     """Forward, backward, and forward once more where that is made again (not down_proj, whose result nobody needs)."""
-    forward, backward = sorted(layers(lora_step(config(), single_device(), TOKENS, remat)), key=lambda body: body.flops)
+    forward, backward = sorted(
+        layers(adapter_step(config(), single_device(), TOKENS, remat)), key=lambda body: body.flops
+    )
     again = (WEIGHTS - WIDTH * MLP) / WEIGHTS if remat == "full" else 0
     assert_reads_weights(forward, TOKENS, 1)
     assert_reads_weights(backward, TOKENS, 1 + again)
+
+
+def test_dora_makes_no_stacks_of_its_own() -> None:
+    """Its norms are of matrices: XLA would turn the stacks of q, k and v to sum over the rows of their heads."""
+    lora, dora = (
+        ProgramMemory.of(adapter_step(config(), single_device(), TOKENS, "selective", method).compile()).added
+        for method in ("lora", "dora")
+    )
+    assert dora - lora < 2 * WIDTH**2, (lora, dora)  # one layer's q_proj
 
 
 def test_serving_reads_weights_and_adapters_once() -> None:

@@ -32,14 +32,20 @@ from tests.tiny import assert_close, logits, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 import jora
+from jora.data.batches import Shape
 from jora.methods import dora
 from jora.methods.dora import DoRA
 from jora.methods.storage import load_adapter, save_adapter
+from jora.models import decoder
 from jora.models.adapted import Dense
 from jora.models.families import config_from_hf
 from jora.models.model import Model
 from jora.models.params import abstract_params
+from jora.models.tensors import linear_shape
 from jora.sharding import single_device
+from jora.train import TrainOptions
+from jora.train.estimation import abstract_programs
+from jora.train.flops import matmul_flops
 
 OPTIONS: dict[str, Any] = dict(targets=[*LINEARS, "lm_head"], rank=3, alpha=5, rank_pattern={"down_proj": 2})
 # Biases (qwen2) are not scaled; layers and ranks that differ leave padding.
@@ -221,3 +227,20 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
     with pytest.raises(jora.InputError, match="lora_magnitude_vector"):
         load_adapter(tmp_path, model)
+
+
+def test_the_backward_pass_does_not_take_norms_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeping them by name spares A^T W of every weight, and A^T A B."""
+
+    def flops() -> int:
+        jax.clear_caches()
+        programs = abstract_programs(CONFIG, single_device(), DoRA(rank=RANK), TrainOptions(), jnp.float32)
+        program = programs.program._replace(remat="selective")
+        return matmul_flops(programs.trace_train(Shape(1, 8, 8), program).jaxpr)
+
+    kept = flops()
+    monkeypatch.setattr(decoder, "SAVED", tuple(name for name in decoder.SAVED if name != "column_norm"))
+    shapes = [linear_shape(CONFIG, target) for target in LINEARS]
+    products = 2 * RANK * CONFIG.layers * sum(s.in_size * s.out_size for s in shapes)
+    grams = 2 * RANK**2 * CONFIG.layers * sum(s.in_size + s.out_size for s in shapes)
+    assert flops() - kept == products + grams
